@@ -1,0 +1,161 @@
+"""The two ways to build the memory bank in one pass over the normal images, with the descriptor as it starts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomalib_cfa.search import nearest_centers
+
+BANK_KINDS = ("mean", "ema")
+
+
+class BankBuilder(ABC):
+    """Compresses the patch descriptors of any number of images into N = T / gamma_c centres.
+
+    Args:
+        gamma_c: By how much the T patches of an image are compressed.
+        seed: Governs K-means.
+    """
+
+    def __init__(self, gamma_c: int, seed: int) -> None:
+        self.gamma_c = gamma_c
+        self.seed = seed
+        self.count = 0
+        self.state: Tensor | None = None
+        self._patches: int | None = None
+
+    def update(self, descriptors: Tensor) -> None:
+        """Take in some images.
+
+        Args:
+            descriptors: Their patch descriptors of shape (B, T, D).
+
+        Raises:
+            ValueError: If these images have another number of patches than those before.
+        """
+        if self._patches not in (None, descriptors.shape[1]):
+            msg = (
+                f"All normal images must have one size after the pre-processor, but one has {descriptors.shape[1]} "
+                f"patches and those before it have {self._patches}; give the pre-processor a Resize to a fixed size"
+            )
+            raise ValueError(msg)
+        self._patches = descriptors.shape[1]
+        self._update(descriptors)
+
+    @abstractmethod
+    def _update(self, descriptors: Tensor) -> None:
+        """Take in the patch descriptors of some images, of shape (B, T, D)."""
+
+    @abstractmethod
+    def centers(self) -> Tensor:
+        """The centres of all images taken in, of shape (N, D)."""
+
+    @abstractmethod
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Combine with the builders of the other processes, which took in other images.
+
+        Args:
+            total: Sums a tensor over all processes.
+        """
+
+
+class MeanBank(BankBuilder):
+    """The authors' code's bank: the mean over all images of each position's descriptor.
+
+    K-means compresses the T means to N centres when gamma_c > 1.
+    """
+
+    def _update(self, descriptors: Tensor) -> None:
+        summed = descriptors.double().sum(dim=0)
+        self.state = summed if self.state is None else self.state + summed
+        self.count += len(descriptors)
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Sum over all processes: exact, however uneven their shares."""
+        assert self.state is not None
+        self.count = int(total(torch.tensor(self.count, device=self.state.device)))
+        self.state = total(self.state)
+
+    def centers(self) -> Tensor:
+        """The centres of all images taken in, of shape (N, D)."""
+        assert self.state is not None
+        means = (self.state / self.count).float()
+        return means if self.gamma_c == 1 else k_means(means, len(means) // self.gamma_c, self.seed)
+
+
+class EmaBank(BankBuilder):
+    """The paper's bank: centres of the first image, each pulled towards its nearest neighbour in every further image.
+
+    C_0 is K-means over the first image's T descriptors (the descriptors themselves when gamma_c = 1); for image i
+    every centre moves to (1 - beta) c + beta c_nn (paper, section III-B).
+
+    Several processes start from the first process's C_0, and their centres are averaged, weighted by the images that
+    each took in. With beta = 1/i, for which an EMA is an equal-weight mean, that loses nothing but the order.
+
+    Args:
+        gamma_c: By how much the T patches of an image are compressed.
+        seed: Governs K-means.
+        beta: Weight of the newest image. None: 1/i, which weighs all images alike.
+        broadcast: Hands the first process's tensor to all.
+        is_first: Whether this is the first process, whose first image makes C_0.
+    """
+
+    def __init__(
+        self,
+        gamma_c: int,
+        seed: int,
+        beta: float | None = None,
+        broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        is_first: bool = True,
+    ) -> None:
+        super().__init__(gamma_c, seed)
+        self.beta = beta
+        self.broadcast = broadcast
+        self.is_first = is_first
+
+    def _update(self, descriptors: Tensor) -> None:
+        for image in descriptors.float():
+            starts = self.state is None
+            if self.state is None:
+                start = image if self.gamma_c == 1 else k_means(image, len(image) // self.gamma_c, self.seed)
+                self.state = self.broadcast(start).to(image.device)
+            if not (starts and self.is_first):
+                nearest = image[nearest_centers(self.state, image, None, k=1).squeeze(1)]
+                # 1 / 1 in a process that was handed its start: that counts in the process that made it.
+                self.state = torch.lerp(self.state, nearest, self.beta or 1 / (self.count + 1))
+            self.count += 1
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Average over all processes, weighted by the images that each took in."""
+        assert self.state is not None
+        images = int(total(torch.tensor(self.count, device=self.state.device)))
+        self.state = (total(self.state.double() * self.count) / images).float()
+        self.count = images
+
+    def centers(self) -> Tensor:
+        """The centres of all images taken in, of shape (N, D)."""
+        assert self.state is not None
+        return self.state
+
+
+def k_means(points: Tensor, clusters: int, seed: int) -> Tensor:
+    """K-means by FAISS.
+
+    Args:
+        points: Points of shape (P, D).
+        clusters: How many centres, at most P.
+        seed: Chooses the initial centres.
+
+    Returns:
+        Centres of shape (clusters, D), on the points' device.
+    """
+    vectors = np.ascontiguousarray(points.detach().float().cpu().numpy())
+    kmeans = faiss.Kmeans(
+        vectors.shape[1], clusters, niter=25, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(vectors)
+    )
+    kmeans.train(vectors)
+    return torch.from_numpy(kmeans.centroids).to(points.device)

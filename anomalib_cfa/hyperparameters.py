@@ -1,0 +1,79 @@
+"""Checks of the model's hyper-parameters, in one place, before any work starts."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from anomalib_cfa.bank_building import BANK_KINDS
+from anomalib_cfa.search import SEARCH_KINDS
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "gamma_c": ("an integer of at least 1", _is_positive_integer),
+    "gamma_d": ("an integer of at least 1", _is_positive_integer),
+    "num_nearest_neighbors": ("an integer of at least 1", _is_positive_integer),
+    "num_hard_negative_features": (
+        "an integer of at least 0",
+        lambda value: (value == 0 and not isinstance(value, bool | float)) or _is_positive_integer(value),
+    ),
+    "radius": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "alpha": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "nu": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "bank": (f"one of {', '.join(map(repr, BANK_KINDS))}", lambda value: value in BANK_KINDS),
+    "beta": (
+        "None, for 1 / i, or a number above 0 and at most 1",
+        lambda value: value is None or (_is_number(value) and 0 < value <= 1),
+    ),
+    "descriptor_start": ("'whitened' or 'random'", lambda value: value in ("whitened", "random")),
+    "score": ("'nearest' or 'softmin'", lambda value: value in ("nearest", "softmin")),
+    "search": (f"one of {', '.join(map(repr, SEARCH_KINDS))}", lambda value: value in SEARCH_KINDS),
+    "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "lr": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "weight_decay": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "seed": (
+        "an integer of at least 0",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    ),
+    "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
+}
+
+
+def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
+    """Check hyper-parameters given by name.
+
+    Raises:
+        ValueError: Naming the first that is out of its range, what it must be, and what it was.
+    """
+    for name, value in hyperparameters.items():
+        requirement, holds = _RULES[name]
+        if not holds(value):
+            msg = f"{name} must be {requirement}, but is {value!r}"
+            raise ValueError(msg)
+
+
+def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_features: int) -> None:
+    """Check that a memory bank has a centre for each target.
+
+    Raises:
+        ValueError: If it has fewer than K + J.
+    """
+    if num_nearest_neighbors + num_hard_negative_features > centers:
+        msg = (
+            "num_nearest_neighbors + num_hard_negative_features must be at most the memory bank's size of "
+            f"{centers} centres, but is {num_nearest_neighbors} + {num_hard_negative_features}; "
+            "lower gamma_c or use larger images"
+        )
+        raise ValueError(msg)
+
+
+def plain_list(values: Sequence[Any] | None) -> list[Any] | None:
+    """A plain list of what may be a tuple or OmegaConf's list, which no checkpoint may hold."""
+    return None if values is None else list(values)

@@ -1,0 +1,379 @@
+"""CFA as an anomalib model: wires the network, its memory bank and its loss into Lightning's loops."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from anomalib_cfa import pre_processing
+from anomalib_cfa.checkpoint import check_checkpoint
+from anomalib_cfa.hyperparameters import check_hyperparameters, check_neighbors, plain_list
+from anomalib_cfa.kept_features import FeatureStore, IndexedBatch
+from anomalib_cfa.loss import CfaLoss
+from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.training_data import (
+    check_images,
+    feature_store,
+    renew_if_treated_otherwise,
+    shard_loader,
+    training_loader,
+)
+from anomalib_cfa.whitening import PatchStatistics
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EPOCHS = 30
+_IMAGES_FOR_STATISTICS = 256
+
+
+class Cfa(AnomalibModule):
+    """CFA: Coupled-hypersphere-based Feature Adaptation (Lee, Lee, Song, IEEE Access 2022, arXiv 2206.04325).
+
+    Anomalib's own arguments of the same name mean the same.
+
+    Args:
+        backbone: A timm model by its name, with or without tag.
+        gamma_c: The memory bank holds T / gamma_c centres, T being the patches of an image.
+        gamma_d: A patch descriptor has as many channels as the chosen layers together, divided by gamma_d.
+        num_nearest_neighbors: K, the nearest centres that attract a patch, and by which it is scored.
+        num_hard_negative_features: J, the centres behind them that repel it.
+        radius: The hyperspheres' radius r, where it starts if it is learned.
+        pre_processor: Anomalib's, or True for a resize to ``image_size``, a crop to ``center_crop_size``, and
+            ImageNet's normalization.
+        post_processor: Anomalib's, or True for its default.
+        evaluator: Anomalib's, or True for :meth:`configure_evaluator`.
+        visualizer: Anomalib's, or True for its default.
+        layers: Layers of the backbone to take features from. None: those of the paper, or strides 4, 8 and 16.
+        pre_trained: Whether the backbone starts with ImageNet weights: timm's, from its cache or the hub.
+        weights_path: A local file to take them from instead, ``.safetensors`` or ``.pth``.
+        bank: ``"mean"`` of each position, as the authors' code has it, or the paper's ``"ema"`` of nearest neighbours.
+        beta: The EMA's weight of the newest image. None: 1 / i.
+        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"`` gives the target's patch features
+            the same variance in every direction, ``"random"`` is the paper's.
+        learn_radius: Whether the radius is trained with the descriptor.
+        alpha: Margin of the repulsion, which is zero until radius² > alpha.
+        nu: The loss is multiplied by 1 / nu.
+        search: Finds the targets of attraction and repulsion: ``"exact"``, ``"pca"``, ``"ivf"`` or ``"hnsw"``.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        score: A patch's score: the distance to the ``"nearest"`` centre, or the paper's, that distance weighted by its
+            ``"softmin"`` among the K nearest.
+        sigma: Standard deviation of the anomaly map's smoothing, in pixels.
+        seed: Governs the descriptor's start, K-means and the order of images.
+        image_size: Height and width to resize to, or one number for both. Only without a ``pre_processor``.
+        center_crop_size: Height and width to crop to after that. Only without a ``pre_processor``.
+        feature_budget: GiB of memory in which the backbone's features of the training images may be kept across
+            epochs; those of larger data sets go to a temporary file in the run's folder. 0 keeps none.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> Engine().train(Cfa("resnet18"), datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        gamma_c: int = 1,
+        gamma_d: int = 1,
+        num_nearest_neighbors: int = 3,
+        num_hard_negative_features: int = 3,
+        radius: float = 1e-5,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+        layers: list[str] | None = None,
+        pre_trained: bool = True,
+        weights_path: str | None = None,
+        bank: str = "mean",
+        beta: float | None = None,
+        descriptor_start: str = "whitened",
+        learn_radius: bool = True,
+        alpha: float = 0.1,
+        nu: float = 1e-3,
+        search: str = "pca",
+        lr: float = 1e-3,
+        weight_decay: float = 5e-4,
+        score: str = "nearest",
+        sigma: float = 4.0,
+        seed: int = 0,
+        image_size: list[int] | int | None = None,
+        center_crop_size: list[int] | int | None = None,
+        feature_budget: float = 1.0,
+    ) -> None:
+        check_hyperparameters(
+            gamma_c=gamma_c,
+            gamma_d=gamma_d,
+            num_nearest_neighbors=num_nearest_neighbors,
+            num_hard_negative_features=num_hard_negative_features,
+            radius=radius,
+            bank=bank,
+            beta=beta,
+            descriptor_start=descriptor_start,
+            score=score,
+            alpha=alpha,
+            nu=nu,
+            search=search,
+            lr=lr,
+            weight_decay=weight_decay,
+            sigma=sigma,
+            seed=seed,
+            feature_budget=feature_budget,
+        )
+        # Lightning saves these locals as hyper-parameters, and a checkpoint may hold plain data only.
+        layers = plain_list(layers)
+        weights_path = None if weights_path is None else str(weights_path)
+        image_size = image_size if image_size is None or isinstance(image_size, int) else plain_list(image_size)
+        center_crop_size = (
+            center_crop_size
+            if center_crop_size is None or isinstance(center_crop_size, int)
+            else plain_list(center_crop_size)
+        )
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(image_size, center_crop_size)
+        elif image_size is not None or center_crop_size is not None:
+            msg = "image_size and center_crop_size must not be given beside a pre_processor, which has its own sizes"
+            raise ValueError(msg)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        pre_processing.make_exportable(self.pre_processor)
+        self.model: CfaModel = CfaModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            weights_path=weights_path,
+            image_size=self.input_size,
+            gamma_c=gamma_c,
+            gamma_d=gamma_d,
+            num_nearest_neighbors=num_nearest_neighbors,
+            num_hard_negative_features=num_hard_negative_features,
+            radius=radius,
+            learn_radius=learn_radius,
+            bank=bank,
+            beta=beta,
+            search=search,
+            score=score,
+            sigma=sigma,
+            seed=seed,
+        )
+        self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha, nu)
+        self._store: FeatureStore | None = None
+        # Anomalib's command line shows this line: two packages have a Cfa.
+        logger.info("Cfa is anomalib-cfa %s, in place of anomalib's own", version("anomalib-cfa"))
+
+    @staticmethod
+    def configure_pre_processor(
+        image_size: Sequence[int] | int | None = None, center_crop_size: Sequence[int] | int | None = None
+    ) -> PreProcessor:
+        """A resize, a centre crop if wanted, and ImageNet's normalization.
+
+        Args:
+            image_size: Height and width to resize to. Defaults to 256 x 256, the paper's.
+            center_crop_size: Height and width to crop to after that; the paper's is 224 x 224.
+
+        Raises:
+            ValueError: If a size is not positive, or the crop is larger than the image.
+        """
+        return pre_processing.configure_pre_processor(256 if image_size is None else image_size, center_crop_size)
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Image AUROC and F1, pixel AUROC, F1 and AUPRO in tests; image and pixel AUROC in validation."""
+        image_scores, image_labels = ["pred_score", "gt_label"], ["pred_label", "gt_label"]
+        pixel_scores, pixel_labels = ["anomaly_map", "gt_mask"], ["pred_mask", "gt_mask"]
+        return Evaluator(
+            val_metrics=[AUROC(image_scores, "image_"), AUROC(pixel_scores, "pixel_", strict=False)],
+            test_metrics=[
+                AUROC(image_scores, "image_"),
+                F1Score(image_labels, "image_"),
+                AUROC(pixel_scores, "pixel_", strict=False),
+                F1Score(pixel_labels, "pixel_", strict=False),
+                AUPRO(pixel_scores, "pixel_", strict=False),
+            ],
+        )
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that the model is attached to."""
+        trainer: Trainer = LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
+        return trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        # The last moment before Lightning takes 1,000 for want of epochs, steps or time.
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
+                trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
+                logger.info("Training for %d epochs, as no number of epochs, steps or time is given", DEFAULT_EPOCHS)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """None but that validation is not tried out before training, as with anomalib's own Cfa."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Trained on normal images only."""
+        return LearningType.ONE_CLASS
+
+    def setup(self, stage: str) -> None:
+        """Let a data module's training images be read in the seed's order, and once where their features are kept."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == TrainerFn.FITTING and isinstance(datamodule, AnomalibDataModule):
+            vars(datamodule).pop("train_dataloader", None)  # an interrupted fit left it
+            vars(datamodule)["train_dataloader"] = partial(self._training_loader, datamodule.train_dataloader)
+
+    def teardown(self, stage: str) -> None:
+        """Give the data module back as it was, and forget the kept features."""
+        if stage == TrainerFn.FITTING and (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            vars(datamodule).pop("train_dataloader", None)
+        self._store = None
+
+    def _training_loader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
+        loader = original()
+        check_images(loader, self.pre_processor)
+        folder = Path(self.trainer.default_root_dir)
+        self._store = feature_store(loader, self.pre_processor, self.hparams["feature_budget"], folder)
+        return training_loader(loader, self.trainer, self.hparams["seed"], self._store)
+
+    def on_fit_start(self) -> None:
+        """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
+        self.trainer.fit_loop.setup_data()
+        if self.model.memory_bank.is_built:
+            logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
+        else:
+            self.model.patch_features.load_weights()
+            self.build_memory_bank()
+
+    def clear_memory_bank(self) -> None:
+        """Forget the memory bank, so that the next fit builds one anew."""
+        self.model.memory_bank.clear()
+
+    @torch.no_grad()
+    def build_memory_bank(self) -> None:
+        """Build the memory bank in one pass over the normal training images, as training will see them.
+
+        Raises:
+            ValueError: If the bank would have fewer than K + J centres, or the images differ in size.
+        """
+        strategy = self.trainer.strategy
+        total = partial(strategy.reduce, reduce_op="sum")
+        neighbors = self.hparams["num_nearest_neighbors"], self.hparams["num_hard_negative_features"]
+        if self.hparams["descriptor_start"] == "whitened":
+            statistics = PatchStatistics()
+            for pyramid in self._pyramids("Reading patch features", most=_IMAGES_FOR_STATISTICS):
+                patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
+                check_neighbors(patches // self.hparams["gamma_c"], *neighbors)
+                statistics.update(pyramid)
+            statistics.merge(total)
+            self.model.descriptor.start_whitened(strategy.broadcast(statistics.covariance()), self.hparams["seed"])
+        builder = self.model.bank_builder(strategy.broadcast, is_first=self.trainer.is_global_zero)
+        for pyramid in self._pyramids("Building the memory bank"):
+            descriptors = self.model.describe(pyramid).flatten(1, 2)
+            check_neighbors(descriptors.shape[1] // self.hparams["gamma_c"], *neighbors)
+            builder.update(descriptors)
+        builder.merge(total)
+        # K-means need not round alike on all machines, and all are to hold one bank, bit for bit.
+        self.model.memory_bank.assign(strategy.broadcast(builder.centers()).to(self.device))
+        logger.info(
+            "Built the memory bank: %d centres from %d images", len(self.model.memory_bank.centers), builder.count
+        )
+
+    def _pyramids(self, task: str, most: int | None = None) -> Iterator[list[Tensor]]:
+        """Pooled features of this process's share of the training images, as training will see them."""
+        loader = shard_loader(self.trainer, most)
+        for batch in tqdm(loader, task, disable=not self.trainer.is_global_zero, leave=False):
+            batch = self.trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
+            if isinstance(self.pre_processor, PreProcessor):
+                self.pre_processor.on_train_batch_start(self.trainer, self, batch, batch_idx=0)
+            with self.trainer.precision_plugin.forward_context():
+                yield self._pyramid(batch)
+
+    def on_train_start(self) -> None:
+        """Read the images without workers once none is left to be read."""
+        loader: Any = self.trainer.train_dataloader
+        if self._store is not None and self._store.is_complete:
+            loader.num_workers = 0
+
+    def on_train_epoch_start(self) -> None:
+        """Notice when the images are no longer treated as they were when their features were kept."""
+        if self._store is not None:
+            loader: Any = self.trainer.train_dataloader
+            renew_if_treated_otherwise(self._store, loader, self.pre_processor)
+
+    def training_step(self, batch: ImageBatch | IndexedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Attract each patch to its nearest centres, and repel it from the hard negatives behind them.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        del args, kwargs
+        squared = self.model.target_distances(self._pyramid(batch))
+        attraction, repulsion = self.loss(squared, self.model.radius)
+        loss: Tensor = attraction + repulsion
+        if not torch.isfinite(loss):
+            msg = (
+                f"The loss is {loss.item()}: the images or the features hold nan or infinite values, or lr is too high"
+            )
+            raise ValueError(msg)
+        logged = {"loss": loss, "attraction": attraction, "repulsion": repulsion, "radius": self.model.radius}
+        self.log_dict(
+            {f"train_{name}": value.detach() for name, value in logged.items()},
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(squared),
+        )
+        return loss
+
+    def _pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:
+        """Pooled features of a batch that has passed the pre-processor, kept ones where they are kept."""
+        if not isinstance(batch, IndexedBatch):
+            images: Any = batch.image
+            return self.model.pyramid(images)
+        assert self._store is not None
+        if batch.image is None:
+            return self._store.get(batch.index, self.device)
+        return self._store.complete(batch, self.model.pyramid(batch.image))
+
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Predict a batch."""
+        del args, kwargs
+        updated: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
+        return updated
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with AMSGrad, the authors' optimizer, for the descriptor and the radius: the backbone is frozen."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(
+            trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], amsgrad=True
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint, and restore what anomalib saves of its components."""
+        check_checkpoint(checkpoint, self.hparams)
+        super().on_load_checkpoint(checkpoint)
+        pre_processing.make_exportable(self.pre_processor)

@@ -1,0 +1,155 @@
+"""The network of CFA, free of Lightning: images -> patch descriptors -> distances to the memory bank -> anomaly map."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
+from anomalib_cfa.bank_building import BankBuilder, EmaBank, MeanBank
+from anomalib_cfa.descriptor import PatchDescriptor
+from anomalib_cfa.memory_bank import MemoryBank
+from anomalib_cfa.patch_features import PatchFeatures
+
+
+class CfaModel(nn.Module):
+    """CFA: a frozen backbone, a learned patch descriptor and a memory bank of fixed size (arXiv 2206.04325).
+
+    The arguments are those of :class:`anomalib_cfa.Cfa`, which checks them.
+
+    Example:
+        >>> model = CfaModel("resnet18", pre_trained=False).eval()
+        >>> builder = model.bank_builder()
+        >>> builder.update(model.describe(model.patch_features(torch.rand(4, 3, 64, 64))).flatten(1, 2))
+        >>> model.memory_bank.assign(builder.centers())
+        >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
+        torch.Size([1, 64, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        weights_path: str | Path | None = None,
+        image_size: tuple[int, int] | None = None,
+        gamma_c: int = 1,
+        gamma_d: int = 1,
+        num_nearest_neighbors: int = 3,
+        num_hard_negative_features: int = 3,
+        radius: float = 1e-5,
+        learn_radius: bool = True,
+        bank: str = "mean",
+        beta: float | None = None,
+        search: str = "pca",
+        score: str = "nearest",
+        sigma: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.gamma_c = gamma_c
+        self.num_nearest_neighbors = num_nearest_neighbors
+        self.num_hard_negative_features = num_hard_negative_features
+        self.bank = bank
+        self.beta = beta
+        self.score = score
+        self.seed = seed
+
+        self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size)
+        width = self.patch_features.width_multiplier * sum(self.patch_features.channels) // gamma_d
+        self.descriptor = PatchDescriptor(self.patch_features.channels, width, seed)
+        self.memory_bank = MemoryBank(search)
+        self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
+        self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+
+    def bank_builder(
+        self, broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor, is_first: bool = True
+    ) -> BankBuilder:
+        """A builder of this model's kind of memory bank, to be fed all normal images.
+
+        Args:
+            broadcast: Hands the first process's tensor to all, where there are several.
+            is_first: Whether this is the first process.
+        """
+        if self.bank == "ema":
+            return EmaBank(self.gamma_c, self.seed, self.beta, broadcast, is_first)
+        return MeanBank(self.gamma_c, self.seed)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Extract what the patch descriptor reads.
+
+        Args:
+            images: Pre-processed images of shape (B, 3, H, W).
+
+        Returns:
+            Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Raises:
+            ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
+        """
+        if not torch.compiler.is_compiling():
+            height, width = images.shape[-2:]
+            self.patch_features.check_image_size(height, width)
+            smallest = self.anomaly_map_generator.min_image_size
+            if min(height, width) < smallest:
+                msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
+                raise ValueError(msg)
+        pyramid: list[Tensor] = self.patch_features(images)
+        return pyramid
+
+    def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Describe the patches of an image.
+
+        Args:
+            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Returns:
+            Patch descriptors of shape (B, h, w, D).
+        """
+        descriptors: Tensor = self.descriptor(pyramid)
+        return descriptors
+
+    def target_distances(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Squared distances that enter the loss: of each patch to the K + J nearest centres.
+
+        Args:
+            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Returns:
+            Squared distances, nearest first, of shape (B, h, w, K + J).
+        """
+        neighbors = self.num_nearest_neighbors + self.num_hard_negative_features
+        return self.memory_bank.squared_distances(self.describe(pyramid), neighbors)
+
+    def forward(self, images: Tensor) -> Tensor | InferenceBatch:
+        """Distances in training, predictions otherwise.
+
+        Args:
+            images: Pre-processed images of shape (B, 3, H, W).
+
+        Returns:
+            In training mode :meth:`target_distances` of the images. In evaluation mode a batch with the anomaly maps,
+            of shape (B, H, W), and the image scores, their maxima, of shape (B,).
+
+        Raises:
+            RuntimeError: If the memory bank is not built yet.
+            ValueError: If the images are too small, or lead to nan or infinite distances.
+        """
+        if not self.memory_bank.is_built:
+            msg = "The memory bank is not built yet: fit the model, or load a checkpoint of a fitted one"
+            raise RuntimeError(msg)
+        pyramid = self.pyramid(images)
+        if self.training:
+            return self.target_distances(pyramid)
+
+        neighbors = 1 if self.score == "nearest" else self.num_nearest_neighbors
+        squared = self.memory_bank.squared_distances(self.describe(pyramid), neighbors)
+        if not torch.compiler.is_compiling() and not torch.isfinite(squared).all():
+            msg = "The images must hold finite values only, but lead to nan or infinite distances"
+            raise ValueError(msg)
+        distances = squared.sqrt()
+        scores = distances[..., 0] if self.score == "nearest" else softmin_scores(distances)
+        anomaly_map = self.anomaly_map_generator(scores, images.shape[-2:]).squeeze(1)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)

@@ -1,0 +1,83 @@
+"""A start for the patch descriptor that fits the target: whitened patch features.
+
+At a random start the distance between patches is that of raw ImageNet features: dominated by the few directions in
+which they vary most, which on a target are nuisances (exposure, contrast) that differ between normal images. Training
+contracts these directions, over many epochs. Whitening contracts them before the first step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+_PATCHES_PER_IMAGE = 64
+_SHRINKAGE = 0.01  # of the mean variance, added to each: directions of hardly any variance are mostly rounding
+
+
+class PatchStatistics:
+    """Accumulates the covariance of patch features, over patches spread evenly over each image."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def update(self, pyramid: Sequence[Tensor]) -> None:
+        """Take in some images' pooled feature maps, of shape (B, C_l, h_l, w_l), finest first."""
+        size = height, width = pyramid[0].shape[-2:]
+        step = max(1, round((height * width / _PATCHES_PER_IMAGE) ** 0.5))
+        levels = [
+            F.interpolate(level.float(), size=size, mode="bilinear", align_corners=False)[..., ::step, ::step]
+            for level in pyramid
+        ]
+        patches = rearrange(torch.cat(levels, dim=1), "b c h w -> (b h w) c").double()
+        total, products = patches.sum(dim=0), patches.T @ patches
+        self.count += len(patches)
+        self.total = total if self.total is None else self.total + total
+        self.products = products if self.products is None else self.products + products
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Combine with those of the other processes.
+
+        Args:
+            total: Sums a tensor over all processes.
+        """
+        assert self.total is not None
+        assert self.products is not None
+        self.count = int(total(torch.tensor(self.count, device=self.total.device)))
+        self.total, self.products = total(self.total), total(self.products)
+
+    def covariance(self) -> Tensor:
+        """The covariance of the patch features, of shape (C, C) in float64, C being the channels of all levels."""
+        assert self.total is not None
+        assert self.products is not None
+        mean = self.total / self.count
+        return self.products / self.count - torch.outer(mean, mean)
+
+
+def whitening(covariance: Tensor, width: int, seed: int) -> Tensor:
+    """A linear map after which features of this covariance have about the same variance in every direction.
+
+    It is scaled so that a whitened feature lies at a squared distance of about 1 from their mean, whatever the
+    backbone: the radius and the margin of the loss are on that scale.
+
+    Args:
+        covariance: Covariance of shape (C, C).
+        width: Output channels D. If fewer than C: those of a random rotation; if more: the rest is zero.
+        seed: Governs the rotation.
+
+    Returns:
+        The map, of shape (D, C).
+    """
+    channels = len(covariance)
+    variances, axes = torch.linalg.eigh(covariance)
+    variances = variances.clamp(min=0)
+    scale = (variances + _SHRINKAGE * variances.mean().clamp(min=1e-12)).rsqrt()
+    weight = scale[:, None] * axes.T / min(width, channels) ** 0.5
+    if width < channels:
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randn(channels, width, generator=generator, dtype=torch.float64).to(weight.device)
+        weight = torch.linalg.qr(random).Q.T @ weight
+    return F.pad(weight, (0, 0, 0, max(width - channels, 0)))

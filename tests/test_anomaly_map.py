@@ -1,0 +1,31 @@
+import plain
+import pytest
+import torch
+from anomalib.models.components import GaussianBlur2d
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
+
+
+def test_scores_equal_the_formula():
+    squared = torch.rand(50, 3).sort(dim=1).values
+    torch.testing.assert_close(softmin_scores(squared.sqrt()).double(), plain.scores(squared.double()))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_map_is_upsampled_and_smoothed_as_one_two_dimensional_gaussian_would(size):
+    scores = torch.rand(2, 8, 10)
+    expected = GaussianBlur2d(sigma=4)(F.interpolate(scores[:, None], size, mode="bilinear"))
+    torch.testing.assert_close(AnomalyMapGenerator(4.0)(scores, size), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_constant_scores_stay_constant():
+    torch.testing.assert_close(
+        AnomalyMapGenerator(2.0)(torch.full((1, 4, 4), 3.0), (32, 32)), torch.full((1, 1, 32, 32), 3.0)
+    )
+
+
+def test_smallest_image_that_is_promised_works():
+    generator = AnomalyMapGenerator(4.0)
+    side = generator.min_image_size
+    assert generator(torch.rand(1, 2, 2), (side, side)).isfinite().all()
