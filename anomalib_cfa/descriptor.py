@@ -10,6 +10,11 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cfa.whitening import whitening
 
 
+# Standard deviation to which the features of other backbones and layers are scaled for a whitened start: that of the
+# ResNet's, which the authors' learning rate suits. Adam's steps do not scale with the weights.
+_FEATURE_DEVIATION = 0.1
+
+
 class PatchDescriptor(nn.Module):
     r"""Learned patch descriptor :math:`\phi`, a CoordConv 1x1 convolution (paper, section III-A).
 
@@ -29,11 +34,16 @@ class PatchDescriptor(nn.Module):
         torch.Size([2, 32, 32, 192])
     """
 
+    feature_mean: Tensor
+    feature_scale: Tensor
+
     def __init__(self, channels: Sequence[int], width: int, seed: int = 0) -> None:
         super().__init__()
         self.channels = tuple(channels)
         self.weight = nn.Parameter(torch.empty(width, sum(channels) + 2))
         self.bias = nn.Parameter(torch.empty(width))
+        self.register_buffer("feature_mean", torch.zeros(sum(channels)))
+        self.register_buffer("feature_scale", torch.ones(()))
         # PyTorch's own initialisation of a 1x1 convolution, from a generator of its own: a seed that the caller sets
         # (or forgets to set) must not change the bank that is built with these weights.
         bound = (sum(channels) + 2) ** -0.5
@@ -47,14 +57,21 @@ class PatchDescriptor(nn.Module):
         return self.weight.shape[0]
 
     @torch.no_grad()
-    def start_whitened(self, covariance: Tensor, seed: int) -> None:
+    def start_whitened(self, mean: Tensor, covariance: Tensor, seed: int) -> None:
         """Start from weights that whiten the patch features; those of the coordinates stay.
 
+        From then on the features are centred, too: else the first steps would move all patches alike, and far.
+
         Args:
+            mean: Mean of the patch features, of shape (C,).
             covariance: Covariance of the patch features, of shape (C, C), C being the channels of all levels.
             seed: Chooses the D of C directions where the descriptor is narrower.
         """
-        self.weight[:, : len(covariance)] = whitening(covariance, self.width, seed)
+        deviation = covariance.diagonal().mean().sqrt().clamp(min=1e-6)
+        scale = _FEATURE_DEVIATION / deviation
+        self.feature_scale.copy_(scale)
+        self.feature_mean.copy_(mean)
+        self.weight[:, : len(covariance)] = whitening(covariance * scale**2, self.width, seed)
         self.bias.zero_()
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
@@ -67,8 +84,11 @@ class PatchDescriptor(nn.Module):
             Patch descriptors of shape (B, h, w, D), contiguous, h and w being the finest level's.
         """
         height, width = pyramid[0].shape[-2:]
-        *level_weights, coordinate_weight = self.weight.split([*self.channels, 2], dim=1)
-        summed = rearrange(self._positions(coordinate_weight, height, width), "h w d -> 1 d h w")
+        feature_weight, coordinate_weight = self.weight.split([sum(self.channels), 2], dim=1)
+        feature_weight = feature_weight * self.feature_scale
+        offset = self.bias - feature_weight @ self.feature_mean
+        summed = rearrange(_coordinates(height, width, offset) @ coordinate_weight.T + offset, "h w d -> 1 d h w")
+        level_weights = feature_weight.split(self.channels, dim=1)
         for features, weight in zip(pyramid, level_weights, strict=True):
             described = F.conv2d(features, weight[:, :, None, None])
             if features is not pyramid[0]:
@@ -76,10 +96,10 @@ class PatchDescriptor(nn.Module):
             summed = summed + described
         return rearrange(summed, "b d h w -> b h w d").contiguous()
 
-    def _positions(self, weight: Tensor, height: int, width: int) -> Tensor:
-        """What the two coordinate channels and the bias add to each patch, of shape (h, w, D)."""
-        y, x = (
-            2 * torch.arange(size, device=weight.device, dtype=weight.dtype) / max(size - 1, 1) - 1
-            for size in (height, width)
-        )
-        return y[:, None, None] * weight[:, 0] + x[None, :, None] * weight[:, 1] + self.bias
+
+def _coordinates(height: int, width: int, like: Tensor) -> Tensor:
+    """Each patch's y and x in [-1, 1], of shape (h, w, 2)."""
+    y, x = (
+        2 * torch.arange(size, device=like.device, dtype=like.dtype) / max(size - 1, 1) - 1 for size in (height, width)
+    )
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)

@@ -33,7 +33,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (_is_number(value) and 0 < value <= 1),
     ),
     "descriptor_start": ("'whitened' or 'random'", lambda value: value in ("whitened", "random")),
-    "score": ("'nearest' or 'softmin'", lambda value: value in ("nearest", "softmin")),
+    "score": (
+        "'calibrated', 'nearest' or 'softmin'",
+        lambda value: value in ("calibrated", "nearest", "softmin"),
+    ),
     "search": (f"one of {', '.join(map(repr, SEARCH_KINDS))}", lambda value: value in SEARCH_KINDS),
     "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "lr": ("a number above 0", lambda value: _is_number(value) and value > 0),

@@ -74,8 +74,8 @@ class Cfa(AnomalibModule):
         search: Finds the targets of attraction and repulsion: ``"exact"``, ``"pca"``, ``"ivf"`` or ``"hnsw"``.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        score: A patch's score: the distance to the ``"nearest"`` centre, or the paper's, that distance weighted by its
-            ``"softmin"`` among the K nearest.
+        score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is usual
+            for normal patches at this centre; or the paper's, weighted by its ``"softmin"`` among the K nearest.
         sigma: Standard deviation of the anomaly map's smoothing, in pixels.
         seed: Governs the descriptor's start, K-means and the order of images.
         image_size: Height and width to resize to, or one number for both. Only without a ``pre_processor``.
@@ -116,7 +116,7 @@ class Cfa(AnomalibModule):
         search: str = "pca",
         lr: float = 1e-3,
         weight_decay: float = 5e-4,
-        score: str = "nearest",
+        score: str = "calibrated",
         sigma: float = 4.0,
         seed: int = 0,
         image_size: list[int] | int | None = None,
@@ -271,6 +271,7 @@ class Cfa(AnomalibModule):
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""
         self.model.memory_bank.clear()
+        self.model.calibration.reset(0)
 
     @torch.no_grad()
     def build_memory_bank(self) -> None:
@@ -289,7 +290,8 @@ class Cfa(AnomalibModule):
                 check_neighbors(patches // self.hparams["gamma_c"], *neighbors)
                 statistics.update(pyramid)
             statistics.merge(total)
-            self.model.descriptor.start_whitened(strategy.broadcast(statistics.covariance()), self.hparams["seed"])
+            mean, covariance = strategy.broadcast(statistics.moments())
+            self.model.descriptor.start_whitened(mean, covariance, self.hparams["seed"])
         builder = self.model.bank_builder(strategy.broadcast, is_first=self.trainer.is_global_zero)
         for pyramid in self._pyramids("Building the memory bank"):
             descriptors = self.model.describe(pyramid).flatten(1, 2)
@@ -297,7 +299,11 @@ class Cfa(AnomalibModule):
             builder.update(descriptors)
         builder.merge(total)
         # K-means need not round alike on all machines, and all are to hold one bank, bit for bit.
-        self.model.memory_bank.assign(strategy.broadcast(builder.centers()).to(self.device))
+        self.model.assign_bank(strategy.broadcast(builder.centers()).to(self.device))
+        for pyramid in self._pyramids("Calibrating the score", most=_IMAGES_FOR_STATISTICS // 4):
+            squared, indices = self.model.memory_bank.nearest(self.model.describe(pyramid), k=1)
+            self.model.calibration.update(squared.sqrt(), indices)
+        self.model.calibration.finish(total)
         logger.info(
             "Built the memory bank: %d centres from %d images", len(self.model.memory_bank.centers), builder.count
         )
@@ -319,7 +325,8 @@ class Cfa(AnomalibModule):
             loader.num_workers = 0
 
     def on_train_epoch_start(self) -> None:
-        """Notice when the images are no longer treated as they were when their features were kept."""
+        """Calibrate anew, and notice when the images are no longer treated as when their features were kept."""
+        self.model.calibration.restart()
         if self._store is not None:
             loader: Any = self.trainer.train_dataloader
             renew_if_treated_otherwise(self._store, loader, self.pre_processor)
@@ -331,7 +338,8 @@ class Cfa(AnomalibModule):
             ValueError: If the loss is not finite.
         """
         del args, kwargs
-        squared = self.model.target_distances(self._pyramid(batch))
+        squared, indices = self.model.targets(self._pyramid(batch))
+        self.model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
         attraction, repulsion = self.loss(squared, self.model.radius)
         loss: Tensor = attraction + repulsion
         if not torch.isfinite(loss):
@@ -358,6 +366,18 @@ class Cfa(AnomalibModule):
         if batch.image is None:
             return self._store.get(batch.index, self.device)
         return self._store.complete(batch, self.model.pyramid(batch.image))
+
+    def on_validation_start(self) -> None:
+        """Score with the calibration that this epoch's training patches give."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._finish_calibration()
+
+    def on_train_epoch_end(self) -> None:
+        """The same without a validation, before the checkpoint is written."""
+        self._finish_calibration()
+
+    def _finish_calibration(self) -> None:
+        self.model.calibration.finish(partial(self.trainer.strategy.reduce, reduce_op="sum"))
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Predict a batch."""

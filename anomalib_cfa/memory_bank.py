@@ -27,8 +27,9 @@ class MemoryBank(DynamicBufferMixin):
     Example:
         >>> bank = MemoryBank()
         >>> bank.assign(torch.rand(100, 32))
-        >>> bank.squared_distances(torch.rand(2, 8, 8, 32), k=6).shape
-        torch.Size([2, 8, 8, 6])
+        >>> squared, indices = bank.nearest(torch.rand(2, 8, 8, 32), k=6)
+        >>> squared.shape, indices.shape
+        (torch.Size([2, 8, 8, 6]), torch.Size([2, 8, 8, 6]))
     """
 
     centers: Tensor
@@ -67,26 +68,27 @@ class MemoryBank(DynamicBufferMixin):
         self.axes = self.axes.new_empty(0, 0)
         self.search.reset()
 
-    def squared_distances(self, descriptors: Tensor, k: int) -> Tensor:
-        """Squared distances to the k nearest centres; differentiable in the descriptors.
+    def nearest(self, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find and measure the k nearest centres; the distances are differentiable in the descriptors.
 
         Args:
             descriptors: Patch descriptors of shape (..., D).
             k: How many centres, at most N.
 
         Returns:
-            Squared distances in float32, nearest first, of shape (..., k).
+            Squared distances in float32, nearest first, and the centres' indices, both of shape (..., k).
         """
+        shape = *descriptors.shape[:-1], k
         queries = descriptors.flatten(0, -2)
         if torch.compiler.is_compiling():  # an exported graph searches with torch alone
             indices = nearest_centers(queries, self.centers, self.axes, k)
-            return squared_distances(queries, self.centers, indices).reshape(*descriptors.shape[:-1], k)
+            return squared_distances(queries, self.centers, indices).reshape(shape), indices.reshape(shape)
         with torch.autocast(descriptors.device.type, enabled=False):
             if torch.is_grad_enabled() and descriptors.requires_grad:
                 indices = self.search(queries, self.centers, self.axes, k)
             else:
                 indices = nearest_centers(queries.float(), self.centers.float(), self.axes.float(), k)
-            return squared_distances(queries, self.centers, indices).reshape(*descriptors.shape[:-1], k)
+            return squared_distances(queries, self.centers, indices).reshape(shape), indices.reshape(shape)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super()._load_from_state_dict(*args, **kwargs)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
 from anomalib_cfa.bank_building import BankBuilder, EmaBank, MeanBank
+from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.memory_bank import MemoryBank
 from anomalib_cfa.patch_features import PatchFeatures
@@ -23,7 +24,7 @@ class CfaModel(nn.Module):
         >>> model = CfaModel("resnet18", pre_trained=False).eval()
         >>> builder = model.bank_builder()
         >>> builder.update(model.describe(model.patch_features(torch.rand(4, 3, 64, 64))).flatten(1, 2))
-        >>> model.memory_bank.assign(builder.centers())
+        >>> model.assign_bank(builder.centers())
         >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
         torch.Size([1, 64, 64])
     """
@@ -44,7 +45,7 @@ class CfaModel(nn.Module):
         bank: str = "mean",
         beta: float | None = None,
         search: str = "pca",
-        score: str = "nearest",
+        score: str = "calibrated",
         sigma: float = 4.0,
         seed: int = 0,
     ) -> None:
@@ -61,6 +62,7 @@ class CfaModel(nn.Module):
         width = self.patch_features.width_multiplier * sum(self.patch_features.channels) // gamma_d
         self.descriptor = PatchDescriptor(self.patch_features.channels, width, seed)
         self.memory_bank = MemoryBank(search)
+        self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
@@ -111,17 +113,48 @@ class CfaModel(nn.Module):
         descriptors: Tensor = self.descriptor(pyramid)
         return descriptors
 
-    def target_distances(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Squared distances that enter the loss: of each patch to the K + J nearest centres.
+    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
 
         Args:
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Squared distances, nearest first, of shape (B, h, w, K + J).
+            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J).
         """
-        neighbors = self.num_nearest_neighbors + self.num_hard_negative_features
-        return self.memory_bank.squared_distances(self.describe(pyramid), neighbors)
+        return self.memory_bank.nearest(
+            self.describe(pyramid), self.num_nearest_neighbors + self.num_hard_negative_features
+        )
+
+    def assign_bank(self, centers: Tensor) -> None:
+        """Set the memory bank's centres, of shape (N, D); their calibration starts anew."""
+        self.memory_bank.assign(centers)
+        self.calibration.reset(len(centers))
+
+    def patch_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Score each patch.
+
+        Args:
+            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Returns:
+            Scores of shape (B, h, w).
+
+        Raises:
+            ValueError: If a distance is not finite.
+        """
+        neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
+        squared, indices = self.memory_bank.nearest(self.describe(pyramid), neighbors)
+        if not torch.compiler.is_compiling() and not torch.isfinite(squared).all():
+            msg = "The images must hold finite values only, but lead to nan or infinite distances"
+            raise ValueError(msg)
+        distances = squared.sqrt()
+        if self.score == "softmin":
+            return softmin_scores(distances)
+        if self.score == "calibrated":
+            calibrated: Tensor = self.calibration(distances[..., 0], indices[..., 0])
+            return calibrated
+        return distances[..., 0]
 
     def forward(self, images: Tensor) -> Tensor | InferenceBatch:
         """Distances in training, predictions otherwise.
@@ -130,7 +163,7 @@ class CfaModel(nn.Module):
             images: Pre-processed images of shape (B, 3, H, W).
 
         Returns:
-            In training mode :meth:`target_distances` of the images. In evaluation mode a batch with the anomaly maps,
+            In training mode the squared distances of :meth:`targets`. In evaluation mode a batch with the anomaly maps,
             of shape (B, H, W), and the image scores, their maxima, of shape (B,).
 
         Raises:
@@ -142,14 +175,6 @@ class CfaModel(nn.Module):
             raise RuntimeError(msg)
         pyramid = self.pyramid(images)
         if self.training:
-            return self.target_distances(pyramid)
-
-        neighbors = 1 if self.score == "nearest" else self.num_nearest_neighbors
-        squared = self.memory_bank.squared_distances(self.describe(pyramid), neighbors)
-        if not torch.compiler.is_compiling() and not torch.isfinite(squared).all():
-            msg = "The images must hold finite values only, but lead to nan or infinite distances"
-            raise ValueError(msg)
-        distances = squared.sqrt()
-        scores = distances[..., 0] if self.score == "nearest" else softmin_scores(distances)
-        anomaly_map = self.anomaly_map_generator(scores, images.shape[-2:]).squeeze(1)
+            return self.targets(pyramid)[0]
+        anomaly_map = self.anomaly_map_generator(self.patch_scores(pyramid), images.shape[-2:]).squeeze(1)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)

@@ -49,12 +49,12 @@ class PatchStatistics:
         self.count = int(total(torch.tensor(self.count, device=self.total.device)))
         self.total, self.products = total(self.total), total(self.products)
 
-    def covariance(self) -> Tensor:
-        """The covariance of the patch features, of shape (C, C) in float64, C being the channels of all levels."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the patch features, of shape (C,) and (C, C) in float64, over all levels' channels C."""
         assert self.total is not None
         assert self.products is not None
         mean = self.total / self.count
-        return self.products / self.count - torch.outer(mean, mean)
+        return mean, self.products / self.count - torch.outer(mean, mean)
 
 
 def whitening(covariance: Tensor, width: int, seed: int) -> Tensor:

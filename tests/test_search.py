@@ -133,12 +133,12 @@ def test_a_new_bank_is_searched_anew():
     bank = MemoryBank("exact")
     queries = torch.rand(5, 4, requires_grad=True)
     bank.assign(torch.rand(10, 4))
-    bank.squared_distances(queries, 2)
+    bank.nearest(queries, 2)
     bank.assign(queries.detach().clone())
-    assert (bank.squared_distances(queries, 1) == 0).all()
+    assert (bank.nearest(queries, 1)[0] == 0).all()
     other = MemoryBank("exact")
     other.load_state_dict(MemoryBank("exact").state_dict() | {"centers": torch.rand(3, 4), "axes": torch.eye(4)})
-    assert other.squared_distances(queries, 3).shape == (5, 3)
+    assert other.nearest(queries, 3)[0].shape == (5, 3)
 
 
 def test_unknown_kind_is_named():

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all of their own set-up: a virtual environment in $(VENV), made once.
+
+PYTHON ?= python3
+VENV ?= .venv
+WEIGHTS ?=
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.installed
+
+.PHONY: help demo test lint types pytest clean
+
+help:
+	@echo "make demo [WEIGHTS=FILE]  train on rendered images, export to OpenVINO, draw heat maps"
+	@echo "make test                 ruff, mypy and pytest (or one of: make lint, make types, make pytest)"
+	@echo "make clean                remove the virtual environment, caches and results"
+
+demo: $(stamp)
+	$(bin)/python -m anomalib_cfa.demo $(if $(WEIGHTS),--weights-path "$(WEIGHTS)")
+
+test: lint types pytest
+
+lint: $(stamp)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+types: $(stamp)
+	$(bin)/mypy
+
+pytest: $(stamp)
+	$(bin)/python -m pytest
+
+$(stamp): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --upgrade pip
+	$(bin)/python -m pip install --quiet --editable '.[cpu,openvino,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) results .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,10 @@
+"""Anomalib's benchmark pipeline, made fit for runs of hours: resumable, one failure costs one job, and a report.
+
+``python -m anomalib_cfa.benchmark --config FILE [--output DIR]`` takes the file that ``anomalib benchmark`` takes;
+``python -m anomalib_cfa.benchmark report DIR`` turns the results into Markdown, pictures and CSV.
+"""
+
+from anomalib_cfa.benchmark.pipeline import Benchmark
+from anomalib_cfa.benchmark.report import write_report
+
+__all__ = ["Benchmark", "write_report"]

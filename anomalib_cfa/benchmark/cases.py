@@ -1,0 +1,134 @@
+"""Keeps the test images that a model was surest of and most wrong about, and draws them."""
+
+import heapq
+import math
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from anomalib.data import ImageBatch, NumpyImageItem
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization.image.item_visualizer import visualize_image_item
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchvision.transforms import v2
+
+from anomalib_cfa.benchmark.folder import Case
+
+PANELS = "image, true mask, heat map, predicted outline"
+"""What a picture shows, from left to right."""
+
+_PANEL_HEIGHT = 192
+
+
+class _Kept(NamedTuple):
+    rank: float
+    number: int  # no two alike, so that a heap never compares further
+    image: str
+    is_defective: bool
+    score: float
+    threshold: float
+    margin: float
+    pictured: dict[str, Any]  # fields of NumpyImageItem
+
+
+class CaseKeeper(Callback):
+    """Keeps the images of a test with the largest and the smallest margins.
+
+    The margin is how far an image's score lies on the right side of the threshold. Lightning calls this before the
+    model's post-processor, so that scores are not yet clamped to [0, 1] and no two of them are alike for that.
+
+    Args:
+        most: How many of each to keep.
+    """
+
+    def __init__(self, most: int = 2) -> None:
+        self.most = most
+        self._best: list[_Kept] = []
+        self._worst: list[_Kept] = []
+        self._numbers = count()
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
+        """Look at a batch."""
+        del trainer, args
+        assert isinstance(pl_module, AnomalibModule)
+        if not isinstance(outputs, ImageBatch) or outputs.pred_score is None or outputs.gt_label is None:
+            return
+        threshold = _value(pl_module.post_processor, "image_threshold")
+        scores, labels = outputs.pred_score.flatten().tolist(), outputs.gt_label.flatten().tolist()
+        for index, (score, label) in enumerate(zip(scores, labels, strict=True)):
+            margin = (score - threshold) * (1 if label else -1)
+            if math.isnan(margin):
+                continue
+            for heap, rank in ((self._best, margin), (self._worst, -margin)):
+                if len(heap) == self.most and rank <= heap[0].rank:
+                    continue
+                name = "/".join(Path(outputs.image_path[index]).parts[-2:]) if outputs.image_path else str(index)
+                pictured = _pictured(outputs, index, pl_module)
+                kept = _Kept(rank, next(self._numbers), name, bool(label), score, threshold, margin, pictured)
+                (heapq.heapreplace if len(heap) == self.most else heapq.heappush)(heap, kept)
+
+    def draw(self, folder: Path, root: Path) -> list[Case]:
+        """Draw what was kept, the extremest first.
+
+        Args:
+            folder: Where the pictures go.
+            root: The run's folder, which their paths are relative to.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        cases = []
+        for kind, heap in (("best", self._best), ("worst", self._worst)):
+            for place, kept in enumerate(sorted(heap, reverse=True), start=1):
+                path = folder / f"{kind}_{place}.jpg"
+                _draw(kept.pictured, path)
+                picture = path.relative_to(root).as_posix()
+                cases.append(
+                    Case(kind, kept.image, kept.is_defective, kept.score, kept.threshold, kept.margin, picture)
+                )
+        return cases
+
+
+def _value(owner: object, name: str) -> float:
+    value = getattr(owner, name, None)
+    return float(value) if isinstance(value, Tensor) else math.nan
+
+
+def _pictured(batch: ImageBatch, index: int, model: AnomalibModule) -> dict[str, Any]:
+    images: Any = batch.image
+    image = _unnormalized(images[index], model)
+    pictured = {"image": (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()}
+    mask = torch.zeros(image.shape[-2:]) if batch.gt_mask is None else batch.gt_mask[index].squeeze()
+    pictured["gt_mask"] = (mask > 0).cpu().numpy()
+    if batch.anomaly_map is not None:
+        low, high, threshold = (
+            _value(model.post_processor, name) for name in ("pixel_min", "pixel_max", "pixel_threshold")
+        )
+        anomaly_map = batch.anomaly_map[index].squeeze().float().cpu()
+        # As the post-processor scales: the colours' middle is the threshold.
+        scaled = 0.5 + (anomaly_map - threshold) / max(high - low, 1e-12)
+        pictured["anomaly_map"] = (scaled.nan_to_num().clamp(0, 1) * 255).round().byte().numpy()
+        pictured["pred_mask"] = (anomaly_map > threshold).numpy()
+    return pictured
+
+
+def _unnormalized(image: Tensor, model: AnomalibModule) -> Tensor:
+    transform = getattr(model.pre_processor, "transform", None)
+    for normalize in extract_transforms_by_type(transform, v2.Normalize):
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (normalize.mean, normalize.std))
+        image = image * std + mean
+    return image.clamp(0, 1)
+
+
+def _draw(pictured: dict[str, Any], path: Path) -> None:
+    height, width = pictured["image"].shape[:2]
+    drawn = visualize_image_item(
+        NumpyImageItem(**pictured),
+        fields=["image", "gt_mask"],
+        overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
+        field_size=(round(width * _PANEL_HEIGHT / height), _PANEL_HEIGHT),
+        text_config={"enable": False},
+    )
+    assert drawn is not None  # there are fields to draw
+    drawn.convert("RGB").save(path, quality=90)

@@ -1,0 +1,167 @@
+"""A run's folder: what each job leaves behind, complete or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anomalib_cfa.benchmark.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image that the model was surest of, or most wrong about.
+
+    Attributes:
+        kind: ``"best"`` or ``"worst"``.
+        image: The image's folder and name.
+        is_defective: The truth.
+        score: The image's score, before normalization.
+        threshold: The score from which on an image is called defective.
+        margin: How far the score lies on the right side of the threshold; negative: on the wrong side.
+        picture: Path of the picture, in the run's folder.
+    """
+
+    kind: str
+    image: str
+    is_defective: bool
+    score: float
+    threshold: float
+    margin: float
+    picture: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished job measured, and what one must know to judge it.
+
+    Attributes:
+        accelerator: As in :class:`JobSpec`.
+        config: As in :class:`JobSpec`.
+        metrics: Test metrics by anomalib's names, None for nan.
+        seconds: Wall time of ``fit``, with the memory bank and a last validation, and of ``test``.
+        peak_memory: Bytes: ``host``, resident in the process, None where the system does not tell; ``device``.
+        images: Numbers of images of ``train`` and ``test``.
+        epochs: Number of epochs trained.
+        threshold_from: Side whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
+        weights: The backbone's weights.
+        versions: Of Python and the packages.
+        machine: What it ran on.
+        finished: Time, in ISO format.
+        cases: Pictures.
+    """
+
+    accelerator: str
+    config: dict[str, Any]
+    metrics: dict[str, float | None]
+    seconds: dict[str, float]
+    peak_memory: dict[str, int | None]
+    images: dict[str, int]
+    epochs: int
+    threshold_from: str
+    weights: str
+    versions: dict[str, str]
+    machine: dict[str, str]
+    finished: str
+    cases: list[Case]
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job that this is the result of."""
+        return JobSpec(self.accelerator, self.config)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed.
+
+    Attributes:
+        accelerator: As in :class:`JobSpec`.
+        config: As in :class:`JobSpec`.
+        title: The job in a few words.
+        reason: The error in one line.
+        traceback: The whole of it.
+    """
+
+    accelerator: str
+    config: dict[str, Any]
+    title: str
+    reason: str
+    traceback: str
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job that failed."""
+        return JobSpec(self.accelerator, self.config)
+
+
+class RunFolder:
+    """Folder of a run: ``results/``, ``failures/`` and ``cases/`` by job, the file of the run, and its report.
+
+    Args:
+        root: The folder; made when something is written.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.work = self.root / "work"
+
+    def has_result(self, key: str) -> bool:
+        """Whether a job is finished."""
+        return self._file("results", key).is_file()
+
+    def is_settled(self, key: str) -> bool:
+        """Whether a job is finished or has failed."""
+        return self.has_result(key) or self._file("failures", key).is_file()
+
+    def cases(self, key: str) -> Path:
+        """Folder for a job's pictures."""
+        return self.root / "cases" / key
+
+    def save_result(self, result: Result) -> None:
+        """Save a result, all of it or nothing."""
+        _write(self._file("results", result.spec.key), asdict(result))
+        self.forget_failure(result.spec.key)
+
+    def save_failure(self, failure: Failure) -> None:
+        """Save why a job failed."""
+        _write(self._file("failures", failure.spec.key), asdict(failure))
+
+    def results(self) -> Iterator[Result]:
+        """All results, by name of their files."""
+        for values in _read_all(self.root / "results"):
+            yield Result(**values | {"cases": [Case(**case) for case in values["cases"]]})
+
+    def failures(self) -> Iterator[Failure]:
+        """All failures, by name of their files."""
+        for values in _read_all(self.root / "failures"):
+            yield Failure(**values)
+
+    def forget_failure(self, key: str) -> None:
+        """Let a job that failed be tried again."""
+        self._file("failures", key).unlink(missing_ok=True)
+
+    def clear_work(self) -> None:
+        """Clear away what jobs under way have written, as those of an interrupted run will not."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _file(self, kind: str, key: str) -> Path:
+        return self.root / kind / f"{key}.json"
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A process that is killed leaves this one, which nobody reads.
+    draft = path.with_suffix(f".{os.getpid()}.draft")
+    draft.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+    draft.replace(path)
+
+
+def _read_all(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        yield values

@@ -1,0 +1,99 @@
+"""What a job is to do, in plain values: it says so before anything is built, and in another process."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+
+_SECTIONS = ("seed", "model", "data")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One point of a benchmark's grid.
+
+    Attributes:
+        accelerator: ``"cpu"`` or ``"cuda"``.
+        config: The ``benchmark`` section of the file with one value for each grid: ``seed``, ``model``, ``data``, and
+            perhaps ``trainer``.
+    """
+
+    accelerator: str
+    config: dict[str, Any]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model's ``class_path`` and ``init_args``."""
+        model = self.config["model"]
+        named: dict[str, Any] = {"class_path": model} if isinstance(model, str) else model
+        return {"class_path": named["class_path"], "init_args": dict(named.get("init_args") or {})}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data module's ``class_path`` and ``init_args``."""
+        data = self.config["data"]
+        return {"class_path": data["class_path"], "init_args": dict(data.get("init_args") or {})}
+
+    @property
+    def model_name(self) -> str:
+        """The model's class, without its module."""
+        return str(self.model["class_path"]).rpartition(".")[2]
+
+    @property
+    def data_name(self) -> str:
+        """The data module's class, without its module."""
+        return str(self.data["class_path"]).rpartition(".")[2]
+
+    @property
+    def category(self) -> str:
+        """The category; for a data module without categories its ``name``, or else its class."""
+        arguments = self.data["init_args"]
+        return str(arguments.get("category") or arguments.get("name") or self.data_name)
+
+    @property
+    def seed(self) -> int:
+        """The model's own seed where the file gives it one, or else the run's."""
+        return int(self.model["init_args"].get("seed", self.config["seed"]))
+
+    @property
+    def key(self) -> str:
+        """Name of the job's files: the category, the seed, and a hash of all that the file says of it."""
+        said = json.dumps({"accelerator": self.accelerator, **self.config}, sort_keys=True, default=str)
+        category = re.sub(r"[^\w.-]", "_", self.category)
+        return f"{category}-seed{self.seed}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+def check_config(config: object) -> None:
+    """Check the parts of a benchmark's file that all jobs share.
+
+    Raises:
+        ValueError: If a section is missing.
+    """
+    benchmark = config.get("benchmark") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(benchmark, dict) or "accelerator" not in config:
+        msg = "config must have the sections 'accelerator' and 'benchmark', as for `anomalib benchmark`"
+        raise ValueError(msg)
+    if missing := [name for name in _SECTIONS if name not in benchmark]:
+        msg = f"benchmark in the config must have {', '.join(_SECTIONS)}, but lacks {', '.join(missing)}"
+        raise ValueError(msg)
+
+
+def accelerators(config: dict[str, Any]) -> list[str]:
+    """The accelerators of a benchmark's file, which may name one or several."""
+    named = config["accelerator"]
+    return list(named) if isinstance(named, list) else [named]
+
+
+def expand(accelerator: str, section: dict[str, Any]) -> Iterator[JobSpec]:
+    """All points of the grid of a file's ``benchmark`` section, each once."""
+    seen = set()
+    for config in get_iterator_from_grid_dict(section):
+        spec = JobSpec(accelerator, deepcopy(config))  # anomalib's dicts share their parts
+        if spec.key not in seen:
+            seen.add(spec.key)
+            yield spec

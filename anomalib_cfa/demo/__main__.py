@@ -1,0 +1,90 @@
+"""The main job from end to end on rendered images: train, export, find defects, draw them."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from anomalib_cfa.demo.commands import export_openvino, read_metrics, train
+from anomalib_cfa.demo.heat_maps import draw_heat_maps
+from anomalib_cfa.demo.render import CATEGORIES, render_mvtec
+from anomalib_cfa.demo.weights import find_imagenet_weights
+
+BACKBONE = "resnet18.tv_in1k"
+"""Full name of the backbone in ``configs/demo.yaml``."""
+
+METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        arguments: Those of the command line; None for ``sys.argv``'s.
+
+    Returns:
+        Exit status: 0, or 1 after an error, which is printed.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m anomalib_cfa.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("results/demo"), help="folder to write to [%(default)s]")
+    parser.add_argument("--weights-path", type=Path, help=f"file with the ImageNet weights of {BACKBONE}")
+    parser.add_argument(
+        "--categories", nargs="+", choices=list(CATEGORIES), default=list(CATEGORIES), help="what to render"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of training [configs/demo.yaml's]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images and of the training [%(default)s]")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    weights = find_imagenet_weights(BACKBONE, options.weights_path)
+    if weights is None:
+        print(
+            f"No ImageNet weights: {BACKBONE} is not in the cache and the hub cannot be reached. Going on with seeded\n"
+            "random features, which find less. Give a file with --weights-path FILE (make demo WEIGHTS=FILE)."
+        )
+    else:
+        print(f"ImageNet weights of {BACKBONE}: {weights}")
+
+    output = options.output.resolve()
+    datasets = render_mvtec(output / "datasets", options.categories, options.seed)
+    print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {_short(datasets)}", flush=True)
+
+    summary = [f"{'':12}" + "".join(f"{name:>15}" for name in METRICS)]
+    for category in options.categories:
+        checkpoint = train(category, datasets, output, weights, options.epochs, options.seed)
+        metrics = read_metrics(category, output)
+        summary.append(f"{category:12}" + "".join(f"{metrics[name]:15.3f}" for name in METRICS))
+        _look(category, export_openvino(category, checkpoint, output), output)
+
+    print(f"\nTest metrics of the last epoch, {'random' if weights is None else 'ImageNet'} features:")
+    print("\n".join(summary))
+    print(f"\nHeat maps (image, true mask, heat map, predicted outline): {_short(output / 'heat_maps')}")
+    print(f"Done in {time.perf_counter() - start:.0f} s.")
+
+
+def _look(category: str, model: Path, output: Path) -> None:
+    for finding in draw_heat_maps(model, output / "datasets" / category, output / "heat_maps"):
+        verdict = "defective" if finding.score >= 0.5 else "normal"  # the threshold of normalized scores
+        timing = f"{1000 * finding.seconds:6.0f} ms"
+        print(f"OpenVINO: {finding.kind:12} score {finding.score:.2f} {verdict:10}{timing}  {_short(finding.picture)}")
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

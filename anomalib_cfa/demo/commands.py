@@ -1,0 +1,91 @@
+"""The demo's steps outside this process: anomalib's own command line, as a user would type it."""
+
+import csv
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+MODEL = "Cfa"
+DATA = "MVTecAD"
+
+
+def find_config() -> Path:
+    """``configs/demo.yaml``: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(path for folder in (package, package.parent) if (path := folder / "configs" / "demo.yaml").is_file())
+
+
+def train(category: str, datasets: Path, output: Path, weights: Path | None, epochs: int | None, seed: int) -> Path:
+    """Run ``anomalib train`` on one category.
+
+    Args:
+        category: Name of the category below ``datasets``.
+        datasets: Root of the data set, laid out as MVTec AD.
+        output: Folder for everything that the run writes.
+        weights: File of ImageNet weights; None for random features.
+        epochs: Number of epochs; None for the config's.
+        seed: The model's seed.
+
+    Returns:
+        The checkpoint of the last epoch.
+
+    Raises:
+        RuntimeError: The command failed.
+    """
+    arguments = ["--config", str(find_config()), "--model", MODEL, "--model.seed", str(seed)]
+    arguments += ["--model.pre_trained", "false"] if weights is None else ["--model.weights_path", str(weights)]
+    arguments += ["--data", DATA, "--data.root", str(datasets), "--data.category", category]
+    arguments += ["--trainer.logger.save_dir", str(output / "metrics" / category)]
+    arguments += ["--trainer.logger.name", "", "--trainer.logger.version", ""]
+    if epochs is not None:
+        arguments += ["--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", str(epochs)]
+    arguments += ["--default_root_dir", str(output)]
+    _anomalib("train", arguments, output / "logs" / f"train_{category}.log")
+    return output / MODEL / DATA / category / "latest" / "weights" / "lightning" / "model.ckpt"
+
+
+def read_metrics(category: str, output: Path) -> dict[str, float]:
+    """The test metrics that :func:`train` logged, by their names in anomalib."""
+    with (output / "metrics" / category / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tested = [row for row in rows if row.get("pixel_AUPRO")]  # AUPRO is a metric of the test only
+    return {name: float(value) for name, value in tested[-1].items() if value and name.startswith(("image_", "pixel_"))}
+
+
+def export_openvino(category: str, checkpoint: Path, output: Path) -> Path:
+    """Run ``anomalib export`` to OpenVINO.
+
+    Returns:
+        The model's ``.xml`` file.
+
+    Raises:
+        RuntimeError: The command failed.
+    """
+    root = output / "exported" / category
+    arguments = ["--model", MODEL, "--ckpt_path", str(checkpoint), "--export_type", "openvino"]
+    arguments += ["--export_root", str(root), "--default_root_dir", str(output)]
+    _anomalib("export", arguments, output / "logs" / f"export_{category}.log")
+    return root / "weights" / "openvino" / "model.xml"
+
+
+def _anomalib(subcommand: str, arguments: list[str], log: Path) -> None:
+    """Print and run a command of anomalib's, its output going to ``log``."""
+    executable = shutil.which("anomalib", path=sysconfig.get_path("scripts"))
+    if executable is None:
+        msg = "The command `anomalib` is missing beside this Python: is anomalib installed?"
+        raise RuntimeError(msg)
+    print(f"\n$ anomalib {subcommand} {shlex.join(arguments)}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # The weights are settled by now; nobody should wait for the hub.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    with log.open("w") as file:
+        done = subprocess.run(  # noqa: S603 - the arguments are this module's
+            [executable, subcommand, *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+        )
+    if done.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        msg = f"`anomalib {subcommand}` failed with exit status {done.returncode}; the end of {log}:\n{tail}"
+        raise RuntimeError(msg)

@@ -1,0 +1,142 @@
+"""Images as they come -> images as the backbone sees them."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from anomalib.data.transforms import ExportableCenterCrop, SquarePad
+from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.transform import convert_center_crop_transform
+from torch import nn
+from torchvision.transforms import v2
+
+from anomalib_cfa.resize import ExportableResize
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
+    """A copy of a transform that exports as it runs.
+
+    Each `Resize` becomes an :class:`ExportableResize` and each `CenterCrop` anomalib's `ExportableCenterCrop`, inside
+    of `Compose` too; all others stay.
+
+    Args:
+        transform: The transform to copy, or None.
+
+    Returns:
+        The copy, or None for None.
+    """
+    if transform is None:
+        return None
+    return convert_center_crop_transform(_with_exportable_resize(copy.deepcopy(transform)))
+
+
+def _with_exportable_resize(transform: v2.Transform) -> v2.Transform:
+    if isinstance(transform, v2.Compose):
+        transform.transforms = [_with_exportable_resize(part) for part in transform.transforms]
+    # A subclass that resizes in its own way has no known weights.
+    elif isinstance(transform, v2.Resize) and type(transform).transform is v2.Resize.transform:
+        return ExportableResize(transform.size, transform.interpolation, transform.max_size, transform.antialias)
+    return transform
+
+
+def make_exportable(pre_processor: nn.Module | None) -> None:
+    """Make a pre-processor export the transform that it trains and tests with.
+
+    Sets the `export_transform` that anomalib's `PreProcessor`, or a subclass, runs outside of the trainer, from its
+    `transform`. Anomalib puts its own there whenever it builds a pre-processor, restores one from a checkpoint or
+    changes its size. Leaves None and modules without these two attributes alone.
+
+    Args:
+        pre_processor: The pre-processor, changed in place.
+    """
+    if pre_processor is None or not hasattr(pre_processor, "export_transform"):
+        return
+    transform = getattr(pre_processor, "transform", None)
+    if transform is None or isinstance(transform, v2.Transform):
+        exported: Any = exportable_transform(transform)
+        pre_processor.export_transform = exported
+
+
+def configure_pre_processor(
+    image_size: int | Sequence[int] = (256, 256),
+    center_crop_size: int | Sequence[int] | None = None,
+) -> PreProcessor:
+    """A pre-processor that resizes, crops the centre if asked to, and normalizes with ImageNet's statistics.
+
+    Args:
+        image_size: Height and width to resize to, in pixels, or one integer for both.
+        center_crop_size: Height and width of the centre crop, or one integer for both. Default: no crop.
+
+    Returns:
+        The pre-processor, made exportable.
+
+    Raises:
+        ValueError: If a size is not one or two positive integers, or the crop is larger than the image.
+    """
+    height, width = _pair("image_size", image_size)
+    transforms: list[v2.Transform] = [v2.Resize((height, width), antialias=True)]
+    if center_crop_size is not None:
+        crop_height, crop_width = _pair("center_crop_size", center_crop_size)
+        if crop_height > height or crop_width > width:
+            msg = f"center_crop_size must fit into image_size, but is {center_crop_size!r} for {image_size!r}"
+            raise ValueError(msg)
+        transforms.append(v2.CenterCrop((crop_height, crop_width)))
+    transforms.append(v2.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    pre_processor = PreProcessor(v2.Compose(transforms))
+    make_exportable(pre_processor)
+    return pre_processor
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
+        msg = f"{name} must be a positive integer or a pair of them (height, width), but is {value!r}"
+        raise ValueError(msg)
+    return pair[0], pair[1]
+
+
+_DETERMINISTIC_TRANSFORMS = frozenset(
+    {
+        ExportableCenterCrop,
+        ExportableResize,
+        SquarePad,
+        v2.CenterCrop,
+        v2.ConvertImageDtype,
+        v2.Grayscale,
+        v2.Identity,
+        v2.LinearTransformation,
+        v2.Normalize,
+        v2.Pad,
+        v2.RGB,
+        v2.Resize,
+        v2.ToDtype,
+        v2.ToImage,
+        v2.ToPureTensor,
+    }
+)
+
+
+def is_deterministic(transform: v2.Transform | None) -> str | None:
+    """Name the first part of a transform that is not known to give the same image each time.
+
+    Known are torchvision's and anomalib's own deterministic transforms and `Compose` of them, by their exact types: a
+    subclass may do anything.
+
+    Args:
+        transform: The transform to look at, or None.
+
+    Returns:
+        The class name of the first part that is not known, or None if all are.
+
+    Example:
+        >>> is_deterministic(v2.Compose([v2.Resize(64), v2.RandomRotation(90)]))
+        'RandomRotation'
+    """
+    if transform is None or type(transform) in _DETERMINISTIC_TRANSFORMS:
+        return None
+    if type(transform) is v2.Compose:
+        return next(filter(None, map(is_deterministic, transform.transforms)), None)
+    return type(transform).__name__

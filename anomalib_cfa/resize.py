@@ -1,0 +1,124 @@
+"""One resize in training, testing and every export.
+
+Anomalib exports another resize than it tests with: it turns anti-aliasing off, since OpenVINO silently ignores that of
+ONNX. Here the exported graph resizes by two matrix products, which every runtime has.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL.Image import Resampling
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+# Kernels take integer offsets and how many of their unit make one (widened) pixel; they need not sum to 1.
+_Kernel = Callable[[Tensor, int | torch.SymInt], Tensor]
+
+
+def _triangle(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
+    return (-offsets + width).clamp(min=0)
+
+
+def _cubic(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
+    # Keys' kernel with a = -0.5, as torch and Pillow use it when they anti-alias.
+    x = offsets / width
+    inner = (1.5 * x - 2.5) * x**2 + 1
+    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(offsets < width, inner, torch.where(offsets < 2 * width, outer, 0.0))
+
+
+# Without anti-aliasing torch repeats the border for its bicubic kernel, where these weights are normalized instead.
+_KERNELS: dict[tuple[InterpolationMode, bool], _Kernel] = {
+    (InterpolationMode.BILINEAR, True): _triangle,
+    (InterpolationMode.BILINEAR, False): _triangle,
+    (InterpolationMode.BICUBIC, True): _cubic,
+}
+
+
+def resize_weights(
+    size: int,
+    new_size: int,
+    kernel: _Kernel = _triangle,
+    antialias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Weights that resize one axis as :func:`torch.nn.functional.interpolate` does with `align_corners=False`.
+
+    Args:
+        size: Pixels along the axis; may be symbolic, as `new_size`.
+        new_size: Pixels wanted.
+        kernel: The interpolation kernel.
+        antialias: Whether the kernel widens where the axis shrinks.
+        dtype: Data type of the weights.
+        device: Device of the weights.
+
+    Returns:
+        Weights of shape (new_size, size); each row sums to 1. The identity where the sizes agree.
+
+    Example:
+        >>> resize_weights(4, 2)
+        tensor([[0.4286, 0.4286, 0.1429, 0.0000],
+                [0.0000, 0.1429, 0.4286, 0.4286]])
+    """
+    # In units of 1 / (2 * new_size) of a pixel all centres are integers. As floating point numbers they would be off by
+    # whole pixels where OpenVINO computes in bfloat16.
+    pixels = 2 * torch.arange(size, device=device) + 1
+    new_pixels = 2 * torch.arange(new_size, device=device) + 1
+    offsets = (pixels * new_size - new_pixels[:, None] * size).abs()
+    width = 2 * (torch.sym_max(size, new_size) if antialias else new_size)
+    weights = kernel(offsets, width).to(torch.promote_types(dtype, torch.float32))
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(dtype)
+
+
+class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not typed
+    """A `Resize` that resizes in an exported graph as it does in PyTorch, anti-aliasing included.
+
+    In PyTorch it is its base class. In a graph exported by :mod:`torch.export`, and so in ONNX and OpenVINO, floating
+    point images are multiplied from both sides by :func:`resize_weights`, which the graph computes from the image's
+    height and width. The two agree to the rounding of torch's own float32 weights: 1e-6 of the range where the new size
+    is a power of two, else 2e-5 at worst. What has no such weights, the nearest modes and bicubic without
+    anti-aliasing, is exported as PyTorch exports it. The arguments are those of torchvision's `Resize`.
+
+    Example:
+        >>> ExportableResize((64, 64))(torch.rand(2, 3, 300, 200)).shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Resize one input: the method that torchvision's transforms override."""
+        antialias = bool(self.antialias)
+        kernel = _KERNELS.get((_interpolation_mode(self.interpolation), antialias))
+        if not torch.compiler.is_exporting() or kernel is None or not inpt.is_floating_point():
+            return super().transform(inpt, params)
+        height, width = inpt.shape[-2:]
+        new_height, new_width = self.output_size(height, width)
+        if isinstance(height, int) and isinstance(width, int) and (height, width) == (new_height, new_width):
+            return inpt
+        rows = resize_weights(height, new_height, kernel, antialias, inpt.dtype, inpt.device)
+        columns = resize_weights(width, new_width, kernel, antialias, inpt.dtype, inpt.device)
+        return rows @ inpt @ columns.mT
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing, as torchvision has them, also for symbolic ones.
+
+        Torchvision asks which side is longer, and the answer would be fixed in the exported graph.
+        """
+        if self.size is not None and len(self.size) > 1:
+            return self.size[0], self.size[1]
+        if self.size is None:
+            longer = torch.sym_max(height, width)
+            return self.max_size * height // longer, self.max_size * width // longer
+        shorter = torch.sym_min(height, width)
+        height, width = self.size[0] * height // shorter, self.size[0] * width // shorter
+        if self.max_size is None:
+            return height, width
+        longer = torch.sym_max(height, width)
+        return tuple(torch.sym_min(side, self.max_size * side // longer) for side in (height, width))
+
+
+def _interpolation_mode(interpolation: InterpolationMode | str | int) -> InterpolationMode:
+    if isinstance(interpolation, int):  # Pillow's constant
+        interpolation = Resampling(interpolation).name.lower()
+    return InterpolationMode(interpolation)

@@ -1,0 +1,38 @@
+"""What several test modules share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the hub's client: no test may wait for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _given(variable: str, what: str) -> Path:
+    if not (value := os.environ.get(variable)):
+        pytest.skip(f"{variable} does not name {what}")
+    path = Path(value)
+    assert path.exists(), f"{variable} names {path}, which does not exist"
+    return path
+
+
+@pytest.fixture(scope="session")
+def imagenet_weights() -> Path:
+    """File with the real ImageNet weights of ``resnet18.tv_in1k``."""
+    return _given("ANOMALIB_CFA_TEST_WEIGHTS", "a file with the weights of resnet18.tv_in1k")
+
+
+@pytest.fixture(scope="session")
+def magnetic_tile() -> Path:
+    """Folder with the magnetic-tile images, laid out as a category of MVTec AD."""
+    return _given("ANOMALIB_CFA_TEST_DATA", "the folder with the magnetic-tile images")
+
+
+@pytest.fixture(scope="session")
+def rendered_mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a tiny rendered data set in MVTec AD's layout, with the categories ``tile`` and ``metal_nut``."""
+    from anomalib_cfa.demo.render import render_mvtec  # noqa: PLC0415 - only where it is wanted
+
+    root = tmp_path_factory.mktemp("rendered")
+    return render_mvtec(root, num_train=6, num_good=2, num_defective=2, image_size=64)

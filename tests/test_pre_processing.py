@@ -1,0 +1,150 @@
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from anomalib.data.transforms import SquarePad
+from anomalib.pre_processing import PreProcessor
+from omegaconf import OmegaConf
+from torch import nn
+from torchvision.transforms import v2
+
+from anomalib_cfa.pre_processing import (
+    configure_pre_processor,
+    exportable_transform,
+    is_deterministic,
+    make_exportable,
+)
+from anomalib_cfa.resize import ExportableResize
+
+
+class _OwnPreProcessor(PreProcessor):
+    """A user's."""
+
+
+class _OwnResize(v2.Resize):
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return super().transform(inpt.flip(-1), params)
+
+
+def _parts(transform: v2.Transform) -> list[str]:
+    return [type(module).__name__ for module in transform.modules() if not isinstance(module, v2.Compose)]
+
+
+def test_exportable_transform_is_a_copy_with_every_resize_replaced() -> None:
+    transform = v2.Compose([v2.Compose([v2.Resize((8, 9)), v2.CenterCrop(8)]), v2.Resize(4, antialias=False)])
+    exportable = exportable_transform(transform)
+    assert [type(part) for part in transform.transforms] == [v2.Compose, v2.Resize]
+    first, second = exportable.transforms[0].transforms[0], exportable.transforms[1]
+    assert type(first) is type(second) is ExportableResize
+    assert (first.size, first.antialias) == ([8, 9], True)
+    assert (second.size, second.antialias) == ([4], False)
+    assert type(exportable.transforms[0].transforms[1]).__name__ == "ExportableCenterCrop"
+
+
+def test_exportable_transform_keeps_a_resize_of_its_own_kind() -> None:
+    image = torch.rand(3, 10, 10)
+    assert torch.equal(exportable_transform(_OwnResize(5))(image), _OwnResize(5)(image))
+
+
+def test_exportable_transform_of_none() -> None:
+    assert exportable_transform(None) is None
+
+
+@pytest.mark.parametrize("kind", [PreProcessor, _OwnPreProcessor])
+def test_what_is_exported_is_what_is_tested(kind: type[PreProcessor]) -> None:
+    pre_processor = kind(v2.Compose([v2.Resize((64, 48)), v2.CenterCrop(40), v2.Normalize([0.5] * 3, [0.2] * 3)]))
+    image = torch.rand(2, 3, 200, 130)
+    assert not torch.allclose(pre_processor(image), pre_processor.transform(image), atol=1e-3)  # anomalib's own
+    make_exportable(pre_processor)
+    assert torch.equal(pre_processor(image), pre_processor.transform(image))
+
+
+def test_what_is_exported_is_what_is_tested_after_a_checkpoint() -> None:
+    saved = configure_pre_processor((64, 48), 40).checkpoint_config()
+    pre_processor = configure_pre_processor()
+    pre_processor.load_checkpoint_config(saved)
+    make_exportable(pre_processor)
+    image = torch.rand(2, 3, 200, 130)
+    assert pre_processor(image).shape == (2, 3, 40, 40)
+    assert torch.equal(pre_processor(image), pre_processor.transform(image))
+
+
+def test_make_exportable_follows_a_changed_transform() -> None:
+    pre_processor = configure_pre_processor()
+    pre_processor.transform = None
+    make_exportable(pre_processor)
+    assert pre_processor.export_transform is None
+
+
+def test_make_exportable_leaves_others_alone() -> None:
+    make_exportable(None)
+    module = nn.Identity()
+    make_exportable(module)
+    assert not hasattr(module, "export_transform")
+
+
+def test_pre_processor_can_be_copied_and_pickled() -> None:
+    pre_processor = configure_pre_processor((64, 48))
+    image = torch.rand(1, 3, 100, 100)
+    saved = io.BytesIO()
+    torch.save(pre_processor, saved)
+    saved.seek(0)
+    for copied in (
+        copy.deepcopy(pre_processor),
+        pickle.loads(pickle.dumps(pre_processor)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert torch.equal(copied(image), pre_processor(image))
+
+
+@pytest.mark.parametrize("size", [64, [64, 64], (64, 64), OmegaConf.create([64, 64])])
+def test_configure_accepts_sizes_as_they_come(size: Any) -> None:
+    for sizes in ({"image_size": size}, {"image_size": 80, "center_crop_size": size}):
+        assert configure_pre_processor(**sizes).transform(torch.rand(3, 100, 90)).shape == (3, 64, 64)
+
+
+def test_configured_pre_processor_can_be_saved_in_a_checkpoint() -> None:
+    size = OmegaConf.create([64, 64])
+    assert configure_pre_processor(size, size).checkpoint_config()["transform"] is not None
+
+
+def test_configure_defaults_to_the_papers_size_with_imagenets_statistics() -> None:
+    transformed = configure_pre_processor().transform(torch.zeros(3, 300, 200))
+    assert transformed.shape == (3, 256, 256)
+    torch.testing.assert_close(transformed[:, 0, 0], torch.tensor([-2.1179, -2.0357, -1.8044]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "64", (64,), (64, 64, 3), (64, 0), (64, 2.5), None])
+@pytest.mark.parametrize("name", ["image_size", "center_crop_size"])
+def test_configure_names_a_wrong_size(name: str, size: Any) -> None:
+    if name == "center_crop_size" and size is None:
+        pytest.skip("None is no crop")
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, but is "):
+        configure_pre_processor(**{name: size})
+
+
+@pytest.mark.parametrize("crop", [65, (65, 1), (1, 49)])
+def test_configure_refuses_a_crop_larger_than_the_image(crop: Any) -> None:
+    with pytest.raises(ValueError, match=r"^center_crop_size must fit into image_size, but is "):
+        configure_pre_processor((64, 48), crop)
+
+
+@pytest.mark.parametrize(
+    ("transform", "unknown"),
+    [
+        (None, None),
+        (v2.Compose([SquarePad(), v2.Compose([v2.Resize(8), v2.CenterCrop(8)]), v2.Normalize([0.5], [0.5])]), None),
+        (configure_pre_processor(center_crop_size=224).transform, None),
+        (configure_pre_processor(center_crop_size=224).export_transform, None),
+        (v2.RandomHorizontalFlip(), "RandomHorizontalFlip"),
+        (v2.Compose([v2.Resize(8), v2.Compose([v2.GaussianNoise(), v2.JPEG(50)])]), "GaussianNoise"),
+        (v2.RandomApply([v2.Resize(8)]), "RandomApply"),
+        (v2.Lambda(lambda image: image), "Lambda"),
+        (v2.Compose([_OwnResize(8)]), "_OwnResize"),
+    ],
+)
+def test_first_transform_not_known_to_be_deterministic_is_named(transform: v2.Transform | None, unknown: str) -> None:
+    assert is_deterministic(transform) == unknown

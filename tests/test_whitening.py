@@ -1,0 +1,59 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_cfa.descriptor import PatchDescriptor
+from anomalib_cfa.whitening import PatchStatistics, whitening
+
+
+def covariance_of(points: torch.Tensor) -> torch.Tensor:
+    return torch.cov(points.double().T, correction=0)
+
+
+def test_whitened_features_vary_alike_in_every_direction_at_a_squared_distance_of_one():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(5000, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    mapped = (points.double() - points.double().mean(dim=0)) @ whitening(covariance_of(points), 12, seed=0).T
+    variances = torch.linalg.eigvalsh(covariance_of(mapped))
+    assert variances.max() / variances.min() < 3  # the shrinkage keeps the least of them smaller
+    assert 0.8 < mapped.square().sum(dim=1).mean() < 1.01
+
+
+@settings(max_examples=30, deadline=None)
+@given(channels=st.integers(1, 10), width=st.integers(1, 20), rank=st.integers(0, 10), seed=st.integers(0, 999))
+def test_any_covariance_gives_a_finite_map(channels, width, rank, seed):
+    factor = torch.randn(channels, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = whitening(factor @ factor.T, width, seed)
+    assert weight.shape == (width, channels)
+    assert weight.isfinite().all()
+    assert torch.equal(weight, whitening(factor @ factor.T, width, seed))
+
+
+def test_statistics_are_of_the_pyramid_at_the_finest_resolution():
+    generator = torch.Generator().manual_seed(0)
+    pyramid = [torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 2, 4, 4, generator=generator)]
+    statistics = PatchStatistics()
+    for start in (0, 2, 4):
+        statistics.update([level[start : start + 2] for level in pyramid])
+    resized = torch.nn.functional.interpolate(pyramid[1], (8, 8), mode="bilinear")
+    patches = torch.cat([pyramid[0], resized], dim=1).permute(0, 2, 3, 1).reshape(-1, 5)
+    mean, covariance = statistics.moments()
+    torch.testing.assert_close(mean, patches.double().mean(dim=0))
+    torch.testing.assert_close(covariance, covariance_of(patches))
+
+
+def test_descriptor_starts_whitened_and_keeps_its_coordinates():
+    descriptor = PatchDescriptor([4, 2], 6, seed=1)
+    coordinates = descriptor.weight[:, -2:].clone()
+    generator = torch.Generator().manual_seed(0)
+    points = 3 + torch.randn(2000, 6, generator=generator) * torch.tensor([10.0, 5, 1, 1, 1, 1])
+    descriptor.start_whitened(points.mean(dim=0), covariance_of(points), seed=1)
+    assert torch.equal(descriptor.weight[:, -2:], coordinates)
+    assert (points * descriptor.feature_scale).var(dim=0).mean().sqrt() == pytest.approx(0.1, rel=0.01)
+    described = descriptor([points[:, :4, None, None], points[:, 4:, None, None]]).flatten(1).detach()
+    variances = covariance_of(described).diagonal()
+    assert variances.max() / variances.min() < 1.5
+    assert variances.sum() == pytest.approx(1, rel=0.1)
+    coordinate_part = descriptor([torch.full((1, 4, 1, 1), 3.0), torch.full((1, 2, 1, 1), 3.0)]).flatten()
+    torch.testing.assert_close(described.mean(dim=0), coordinate_part.detach(), atol=0.01, rtol=0)
