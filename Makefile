@@ -3,15 +3,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 WEIGHTS ?=
+CONSTRAINTS ?=
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
-.PHONY: help demo test lint types pytest clean
+.PHONY: help demo test compatibility lint types pytest clean
 
 help:
 	@echo "make demo [WEIGHTS=FILE]  train on rendered images, export to OpenVINO, draw heat maps"
 	@echo "make test                 ruff, mypy and pytest (or one of: make lint, make types, make pytest)"
+	@echo "make compatibility        pytest with the oldest and the newest supported versions, in new environments"
 	@echo "make clean                remove the virtual environment, caches and results"
 
 demo: $(stamp)
@@ -29,13 +31,19 @@ types: $(stamp)
 pytest: $(stamp)
 	$(bin)/python -m pytest
 
+# Both ends of the supported ranges, each in a new environment of its own.
+compatibility:
+	rm -rf .venv-oldest .venv-newest
+	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
+	$(MAKE) pytest VENV=.venv-newest
+
 $(stamp): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet --editable '.[cpu,openvino,test]'
+	$(bin)/python -m pip install --quiet $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)") --editable '.[cpu,openvino,test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest results .mypy_cache .pytest_cache .ruff_cache .hypothesis

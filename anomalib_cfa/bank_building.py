@@ -124,7 +124,7 @@ class EmaBank(BankBuilder):
                 start = image if self.gamma_c == 1 else k_means(image, len(image) // self.gamma_c, self.seed)
                 self.state = self.broadcast(start).to(image.device)
             if not (starts and self.is_first):
-                nearest = image[nearest_centers(self.state, image, None, k=1).squeeze(1)]
+                nearest = image[nearest_centers(self.state, image, None, k=1)[1].squeeze(1)]
                 # 1 / 1 in a process that was handed its start: that counts in the process that made it.
                 self.state = torch.lerp(self.state, nearest, self.beta or 1 / (self.count + 1))
             self.count += 1

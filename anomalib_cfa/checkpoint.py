@@ -20,7 +20,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], hyperparameters: Mapping[str
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         msg = "The checkpoint must hold a state_dict, but has none: it is not a Lightning checkpoint, or is damaged"
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - of the file's content, not of an argument
     if "model.memory_bank" in state:
         msg = (
             "The checkpoint is of anomalib's own Cfa, whose memory bank and descriptor differ from anomalib-cfa's: "

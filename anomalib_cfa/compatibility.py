@@ -12,7 +12,7 @@ SUPPORTED = {
     "anomalib": ">=2.7,<2.8",
     "torch": ">=2.10,<3",
     "lightning": ">=2.6,!=2.6.2,!=2.6.3,<2.7",
-    "timm": ">=1.0.20,<2",
+    "timm": ">=1.0.31,<2",
     "faiss-cpu": ">=1.12,<2",
 }
 """Distribution name to the range that is supported, as pip writes it."""

@@ -9,7 +9,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.whitening import whitening
 
-
 # Standard deviation to which the features of other backbones and layers are scaled for a whitened start: that of the
 # ResNet's, which the authors' learning rate suits. Adam's steps do not scale with the weights.
 _FEATURE_DEVIATION = 0.1
@@ -94,7 +93,8 @@ class PatchDescriptor(nn.Module):
             if features is not pyramid[0]:
                 described = F.interpolate(described, size=(height, width), mode="bilinear", align_corners=False)
             summed = summed + described
-        return rearrange(summed, "b d h w -> b h w d").contiguous()
+        descriptors: Tensor = rearrange(summed, "b d h w -> b h w d").contiguous()
+        return descriptors
 
 
 def _coordinates(height: int, width: int, like: Tensor) -> Tensor:

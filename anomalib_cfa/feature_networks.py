@@ -78,7 +78,8 @@ def map_shapes(network: nn.Module, height: int, width: int) -> list[torch.Size]:
     state = dict(chain(network.named_parameters(), network.named_buffers()))
     shapes = {key: value.to("meta") for key, value in state.items()}
     try:
-        maps = functional_call(network, shapes, (torch.empty(1, 3, height, width, device="meta"),))
+        # Tying would leave modules that a model uses twice without their data.
+        maps = functional_call(network, shapes, (torch.empty(1, 3, height, width, device="meta"),), tie_weights=False)
     except RuntimeError:  # either the size does not fit, or this model reads values as it runs
         maps = network(torch.zeros(1, 3, height, width, device=next(iter(state.values())).device))
     return [feature.shape for feature in maps]
@@ -153,7 +154,11 @@ def _create(name: str, image_size: tuple[int, int] | None, **options: Any) -> nn
     if options.get("features_only"):
         # The getter gives channels-first maps whatever the model's own layout, and drops what lies deeper.
         attempts = [{**attempt, "feature_cls": "getter"} for attempt in attempts] + attempts
-    return _create_with_first_of(attempts, name, options)
+    try:
+        return _create_with_first_of(attempts, name, options)
+    except (AssertionError, RuntimeError) as error:
+        msg = f"backbone {name!r} cannot be built for image_size = {image_size}: {error or type(error).__name__}"
+        raise ValueError(msg) from error
 
 
 def _create_with_first_of(attempts: list[dict[str, Any]], name: str, options: dict[str, Any]) -> nn.Module:

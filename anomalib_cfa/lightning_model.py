@@ -1,15 +1,14 @@
 """CFA as an anomalib model: wires the network, its memory bank and its loss into Lightning's loops."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -20,28 +19,19 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from anomalib_cfa import pre_processing
 from anomalib_cfa.checkpoint import check_checkpoint
-from anomalib_cfa.hyperparameters import check_hyperparameters, check_neighbors, plain_list
-from anomalib_cfa.kept_features import FeatureStore, IndexedBatch
+from anomalib_cfa.fitting import build_memory_bank
+from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
+from anomalib_cfa.kept_features import IndexedBatch
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training_data import (
-    check_images,
-    feature_store,
-    renew_if_treated_otherwise,
-    shard_loader,
-    training_loader,
-)
-from anomalib_cfa.whitening import PatchStatistics
+from anomalib_cfa.training_features import TrainingFeatures
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 30
-_IMAGES_FOR_STATISTICS = 256
+DEFAULT_EPOCHS = 15
 
 
 class Cfa(AnomalibModule):
@@ -66,16 +56,16 @@ class Cfa(AnomalibModule):
         weights_path: A local file to take them from instead, ``.safetensors`` or ``.pth``.
         bank: ``"mean"`` of each position, as the authors' code has it, or the paper's ``"ema"`` of nearest neighbours.
         beta: The EMA's weight of the newest image. None: 1 / i.
-        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"`` gives the target's patch features
-            the same variance in every direction, ``"random"`` is the paper's.
+        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"``, by which the target's patch
+            features vary alike in every direction, or the paper's, ``"random"``.
         learn_radius: Whether the radius is trained with the descriptor.
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
         nu: The loss is multiplied by 1 / nu.
         search: Finds the targets of attraction and repulsion: ``"exact"``, ``"pca"``, ``"ivf"`` or ``"hnsw"``.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is usual
-            for normal patches at this centre; or the paper's, weighted by its ``"softmin"`` among the K nearest.
+        score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
+            usual for normal patches there; or the paper's, weighted by its ``"softmin"`` among the K nearest.
         sigma: Standard deviation of the anomaly map's smoothing, in pixels.
         seed: Governs the descriptor's start, K-means and the order of images.
         image_size: Height and width to resize to, or one number for both. Only without a ``pre_processor``.
@@ -178,7 +168,7 @@ class Cfa(AnomalibModule):
             seed=seed,
         )
         self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha, nu)
-        self._store: FeatureStore | None = None
+        self._features: TrainingFeatures | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("Cfa is anomalib-cfa %s, in place of anomalib's own", version("anomalib-cfa"))
 
@@ -241,95 +231,42 @@ class Cfa(AnomalibModule):
 
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == TrainerFn.FITTING and isinstance(datamodule, AnomalibDataModule):
-            vars(datamodule).pop("train_dataloader", None)  # an interrupted fit left it
-            vars(datamodule)["train_dataloader"] = partial(self._training_loader, datamodule.train_dataloader)
+        if stage == TrainerFn.FITTING:
+            seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
+            self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
 
     def teardown(self, stage: str) -> None:
         """Give the data module back as it was, and forget the kept features."""
-        if stage == TrainerFn.FITTING and (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
-            vars(datamodule).pop("train_dataloader", None)
-        self._store = None
-
-    def _training_loader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
-        loader = original()
-        check_images(loader, self.pre_processor)
-        folder = Path(self.trainer.default_root_dir)
-        self._store = feature_store(loader, self.pre_processor, self.hparams["feature_budget"], folder)
-        return training_loader(loader, self.trainer, self.hparams["seed"], self._store)
+        if stage == TrainerFn.FITTING and self._features is not None:
+            self._features.detach()
+            self._features = None
 
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
+        assert self._features is not None
         self.trainer.fit_loop.setup_data()
         if self.model.memory_bank.is_built:
             logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
         else:
             self.model.patch_features.load_weights()
-            self.build_memory_bank()
+            whitened = self.hparams["descriptor_start"] == "whitened"
+            build_memory_bank(self.model, self._features, self.trainer.strategy, whitened=whitened)
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""
         self.model.memory_bank.clear()
         self.model.calibration.reset(0)
 
-    @torch.no_grad()
-    def build_memory_bank(self) -> None:
-        """Build the memory bank in one pass over the normal training images, as training will see them.
-
-        Raises:
-            ValueError: If the bank would have fewer than K + J centres, or the images differ in size.
-        """
-        strategy = self.trainer.strategy
-        total = partial(strategy.reduce, reduce_op="sum")
-        neighbors = self.hparams["num_nearest_neighbors"], self.hparams["num_hard_negative_features"]
-        if self.hparams["descriptor_start"] == "whitened":
-            statistics = PatchStatistics()
-            for pyramid in self._pyramids("Reading patch features", most=_IMAGES_FOR_STATISTICS):
-                patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
-                check_neighbors(patches // self.hparams["gamma_c"], *neighbors)
-                statistics.update(pyramid)
-            statistics.merge(total)
-            mean, covariance = strategy.broadcast(statistics.moments())
-            self.model.descriptor.start_whitened(mean, covariance, self.hparams["seed"])
-        builder = self.model.bank_builder(strategy.broadcast, is_first=self.trainer.is_global_zero)
-        for pyramid in self._pyramids("Building the memory bank"):
-            descriptors = self.model.describe(pyramid).flatten(1, 2)
-            check_neighbors(descriptors.shape[1] // self.hparams["gamma_c"], *neighbors)
-            builder.update(descriptors)
-        builder.merge(total)
-        # K-means need not round alike on all machines, and all are to hold one bank, bit for bit.
-        self.model.assign_bank(strategy.broadcast(builder.centers()).to(self.device))
-        for pyramid in self._pyramids("Calibrating the score", most=_IMAGES_FOR_STATISTICS // 4):
-            squared, indices = self.model.memory_bank.nearest(self.model.describe(pyramid), k=1)
-            self.model.calibration.update(squared.sqrt(), indices)
-        self.model.calibration.finish(total)
-        logger.info(
-            "Built the memory bank: %d centres from %d images", len(self.model.memory_bank.centers), builder.count
-        )
-
-    def _pyramids(self, task: str, most: int | None = None) -> Iterator[list[Tensor]]:
-        """Pooled features of this process's share of the training images, as training will see them."""
-        loader = shard_loader(self.trainer, most)
-        for batch in tqdm(loader, task, disable=not self.trainer.is_global_zero, leave=False):
-            batch = self.trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
-            if isinstance(self.pre_processor, PreProcessor):
-                self.pre_processor.on_train_batch_start(self.trainer, self, batch, batch_idx=0)
-            with self.trainer.precision_plugin.forward_context():
-                yield self._pyramid(batch)
-
     def on_train_start(self) -> None:
-        """Read the images without workers once none is left to be read."""
-        loader: Any = self.trainer.train_dataloader
-        if self._store is not None and self._store.is_complete:
-            loader.num_workers = 0
+        """Read no image that need not be read."""
+        assert self._features is not None
+        self._features.start_training()
 
     def on_train_epoch_start(self) -> None:
-        """Calibrate anew, and notice when the images are no longer treated as when their features were kept."""
+        """Calibrate anew from this epoch's patches."""
+        assert self._features is not None
+        self._features.start_epoch()
         self.model.calibration.restart()
-        if self._store is not None:
-            loader: Any = self.trainer.train_dataloader
-            renew_if_treated_otherwise(self._store, loader, self.pre_processor)
 
     def training_step(self, batch: ImageBatch | IndexedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Attract each patch to its nearest centres, and repel it from the hard negatives behind them.
@@ -338,7 +275,8 @@ class Cfa(AnomalibModule):
             ValueError: If the loss is not finite.
         """
         del args, kwargs
-        squared, indices = self.model.targets(self._pyramid(batch))
+        assert self._features is not None
+        squared, indices = self.model.targets(self._features.pyramid(batch))
         self.model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
         attraction, repulsion = self.loss(squared, self.model.radius)
         loss: Tensor = attraction + repulsion
@@ -356,16 +294,6 @@ class Cfa(AnomalibModule):
             batch_size=len(squared),
         )
         return loss
-
-    def _pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:
-        """Pooled features of a batch that has passed the pre-processor, kept ones where they are kept."""
-        if not isinstance(batch, IndexedBatch):
-            images: Any = batch.image
-            return self.model.pyramid(images)
-        assert self._store is not None
-        if batch.image is None:
-            return self._store.get(batch.index, self.device)
-        return self._store.complete(batch, self.model.pyramid(batch.image))
 
     def on_validation_start(self) -> None:
         """Score with the calibration that this epoch's training patches give."""

@@ -81,14 +81,15 @@ class MemoryBank(DynamicBufferMixin):
         shape = *descriptors.shape[:-1], k
         queries = descriptors.flatten(0, -2)
         if torch.compiler.is_compiling():  # an exported graph searches with torch alone
-            indices = nearest_centers(queries, self.centers, self.axes, k)
-            return squared_distances(queries, self.centers, indices).reshape(shape), indices.reshape(shape)
+            squared, indices = nearest_centers(queries, self.centers, self.axes, k)
+            return squared.reshape(shape), indices.reshape(shape)
         with torch.autocast(descriptors.device.type, enabled=False):
             if torch.is_grad_enabled() and descriptors.requires_grad:
                 indices = self.search(queries, self.centers, self.axes, k)
+                squared = squared_distances(queries, self.centers, indices)
             else:
-                indices = nearest_centers(queries.float(), self.centers.float(), self.axes.float(), k)
-            return squared_distances(queries, self.centers, indices).reshape(shape), indices.reshape(shape)
+                squared, indices = nearest_centers(queries.float(), self.centers.float(), self.axes.float(), k)
+            return squared.reshape(shape), indices.reshape(shape)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super()._load_from_state_dict(*args, **kwargs)

@@ -60,7 +60,7 @@ class NeighborSearch:
         queries, centers = queries.detach().float(), centers.float()
         exact = self.kind == "exact"
         if queries.device.type != "cpu":
-            return nearest_centers(queries, centers, None if exact else axes, k)
+            return nearest_centers(queries, centers, None if exact else axes, k)[1]
         # Far from the origin the search's own distances cancel.
         origin = centers.mean(dim=0)
         shifted, vectors = queries - origin, centers - origin
@@ -71,8 +71,8 @@ class NeighborSearch:
         # An inverted file returns -1 where the lists that it visited held too few: such a query is answered in full.
         short = (candidates < 0).any(dim=1)
         if short.any():
-            candidates[short] = nearest_centers(queries[short], centers, None, count)
-        return _rank(queries, centers, candidates)[:, :k]
+            candidates[short] = nearest_centers(queries[short], centers, None, count)[1]
+        return _rank(queries, centers, candidates, k)[1]
 
     def _search(self, queries: Tensor, vectors: Tensor, count: int) -> Tensor:
         index = self._index
@@ -109,7 +109,7 @@ def _build_index(kind: str, vectors: np.ndarray) -> Any:  # noqa: ANN401  # fais
     return index
 
 
-def nearest_centers(queries: Tensor, centers: Tensor, axes: Tensor | None, k: int) -> Tensor:
+def nearest_centers(queries: Tensor, centers: Tensor, axes: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest centres with torch alone, on any device.
 
     The distance matrix, whose rows are ranked by ``|c|^2 / 2 - q.c``, is held a block of rows at a time.
@@ -121,7 +121,7 @@ def nearest_centers(queries: Tensor, centers: Tensor, axes: Tensor | None, k: in
         k: How many to find, at most N.
 
     Returns:
-        Indices of the centres, nearest first, of shape (Q, k).
+        Squared distances to the centres, nearest first, and the centres' indices, both of shape (Q, k).
     """
     count = min(_CANDIDATES_PER_NEIGHBOR * k, len(centers))
     # Far from the origin the scores would cancel.
@@ -134,14 +134,15 @@ def nearest_centers(queries: Tensor, centers: Tensor, axes: Tensor | None, k: in
         shifted = block - origin if axes is None else (block - origin) @ axes
         scores = torch.addmm(half_norms, shifted, vectors.T, alpha=-1)
         candidates = scores.topk(count, dim=1, largest=False).indices
-        found.append(_rank(block, centers, candidates)[:, :k])
-    return torch.cat(found)
+        found.append(_rank(block, centers, candidates, k))
+    squared, indices = zip(*found, strict=True)
+    return torch.cat(squared), torch.cat(indices)
 
 
-def _rank(queries: Tensor, centers: Tensor, candidates: Tensor) -> Tensor:
-    """Order candidates by their exact distances; the search's own may have cancelled."""
-    order = squared_distances(queries, centers, candidates).argsort(dim=1, stable=True)
-    return candidates.gather(1, order)
+def _rank(queries: Tensor, centers: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of some candidates by their exact distances; the search's own may have cancelled."""
+    squared, order = squared_distances(queries, centers, candidates).topk(k, dim=1, largest=False)
+    return squared, candidates.gather(1, order)
 
 
 def squared_distances(queries: Tensor, centers: Tensor, indices: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class _SquaredDistances(torch.autograd.Function):
             queries, centers, indices = (tensor.contiguous() for tensor in (queries, centers, indices))
             distances = torch.empty(indices.shape)
             pointers = (faiss.swig_ptr(tensor.detach().numpy()) for tensor in (distances, queries, centers, indices))
-            measure: Any = faiss.fvec_L2sqr_by_idx  # unknown to faiss's stubs
+            measure: Any = faiss.fvec_L2sqr_by_idx  # type: ignore[attr-defined]
             measure(*pointers, queries.shape[1], *indices.shape)
             return distances
         rows = max(1, _BLOCK_BYTES // (4 * queries.shape[1] * indices.shape[1]))

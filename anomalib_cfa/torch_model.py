@@ -58,7 +58,7 @@ class CfaModel(nn.Module):
         self.score = score
         self.seed = seed
 
-        self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size)
+        self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size, seed)
         width = self.patch_features.width_multiplier * sum(self.patch_features.channels) // gamma_d
         self.descriptor = PatchDescriptor(self.patch_features.channels, width, seed)
         self.memory_bank = MemoryBank(search)

@@ -50,7 +50,7 @@ class PatchStatistics:
         self.total, self.products = total(self.total), total(self.products)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the patch features, of shape (C,) and (C, C) in float64, over all levels' channels C."""
+        """Mean and covariance of the patch features, of shapes (C,) and (C, C), C being the channels of all levels."""
         assert self.total is not None
         assert self.products is not None
         mean = self.total / self.count

@@ -32,7 +32,7 @@ def magnetic_tile() -> Path:
 @pytest.fixture(scope="session")
 def rendered_mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a tiny rendered data set in MVTec AD's layout, with the categories ``tile`` and ``metal_nut``."""
-    from anomalib_cfa.demo.render import render_mvtec  # noqa: PLC0415 - only where it is wanted
+    from anomalib_cfa.demo.render import render_mvtec
 
     root = tmp_path_factory.mktemp("rendered")
     return render_mvtec(root, num_train=6, num_good=2, num_defective=2, image_size=64)

@@ -1,4 +1,4 @@
-"""Fits a tiny Cfa on several CPU processes; run as a script, which Lightning's launcher starts once for each process."""
+"""Fits a tiny Cfa on several CPU processes; a script, which Lightning's launcher starts once for each process."""
 
 import os
 import sys

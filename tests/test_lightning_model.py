@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+from itertools import chain
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_the_same_seed_gives_the_same_model_whatever_the_global_seed(rendered_mv
 
 def test_order_changes_with_the_epoch_and_the_seed(fitted, rendered_mvtec, tmp_path):
     order = fitted[2].order
-    assert sorted(sum(order[:3], [])) == sorted(sum(order[3:], [])) == list(range(6))
+    assert sorted(chain(*order[:3])) == sorted(chain(*order[3:])) == list(range(6))
     assert order[:3] != order[3:]
     run = engine(tmp_path, callbacks=[other := Losses()])
     run.fit(tiny(seed=5), datamodule=mvtec(rendered_mvtec))
@@ -290,7 +291,7 @@ def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
             Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
     datamodule = Folder("sizes", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
     model = tiny(pre_processor=PreProcessor(v2.Normalize([0.5] * 3, [0.5] * 3)), image_size=None)
-    with pytest.raises(ValueError, match="pre_processor must resize .* 64 x 64, .* 80 x 64"):
+    with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
 
 
@@ -300,7 +301,7 @@ def test_sizes_beside_a_pre_processor_are_refused():
 
 
 def test_a_checkpoint_of_another_structure_is_refused_by_name(fitted, rendered_mvtec, tmp_path):
-    with pytest.raises(ValueError, match="gamma_d must be 1, .* but is 2; on the command line: --model.gamma_d 1"):
+    with pytest.raises(ValueError, match=r"gamma_d must be 1, .* but is 2; on the command line: --model.gamma_d 1"):
         engine(tmp_path).test(tiny(gamma_d=2), datamodule=mvtec(rendered_mvtec), ckpt_path=fitted[1])
 
 

@@ -527,6 +527,11 @@ def test_a_model_for_one_size_is_built_for_image_size_and_refuses_others():
         patch_features.check_image_size(160, 160)
 
 
+def test_a_model_that_cannot_be_built_for_image_size_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"xcit_nano_12_p8_224.*image_size = \(100, 100\): `patch_size` should divide"):
+        PatchFeatures("xcit_nano_12_p8_224", pre_trained=False, image_size=(100, 100))
+
+
 def test_a_checked_size_is_not_checked_again(monkeypatch):
     patch_features = PatchFeatures(TINY, pre_trained=False)
     patch_features.check_image_size(64, 96)

@@ -54,6 +54,6 @@ def test_descriptor_starts_whitened_and_keeps_its_coordinates():
     described = descriptor([points[:, :4, None, None], points[:, 4:, None, None]]).flatten(1).detach()
     variances = covariance_of(described).diagonal()
     assert variances.max() / variances.min() < 1.5
-    assert variances.sum() == pytest.approx(1, rel=0.1)
+    assert 0.8 < variances.sum() < 1.01
     coordinate_part = descriptor([torch.full((1, 4, 1, 1), 3.0), torch.full((1, 2, 1, 1), 3.0)]).flatten()
     torch.testing.assert_close(described.mean(dim=0), coordinate_part.detach(), atol=0.01, rtol=0)

@@ -8,9 +8,8 @@ import pandas as pd
 import yaml
 
 from anomalib_cfa.benchmark import published
-from anomalib_cfa.benchmark.cases import PANELS
-from anomalib_cfa.benchmark.folder import Case, Result, RunFolder
-from anomalib_cfa.benchmark.labels import label_settings
+from anomalib_cfa.benchmark.folder import Result, RunFolder
+from anomalib_cfa.benchmark.heat_map_page import heat_map_page
 from anomalib_cfa.benchmark.plots import draw_bars
 from anomalib_cfa.benchmark.spec import accelerators, expand
 from anomalib_cfa.benchmark.summary import (
@@ -71,7 +70,7 @@ def write_report(folder: Path | str) -> Path:
         sections.append(f"```yaml\n{run.config.read_text(encoding='utf-8').strip()}\n```")
     report = run.root / "report.md"
     _write(report, sections)
-    _write(run.root / "heat_maps.md", _heat_maps(results))
+    _write(run.root / "heat_maps.md", heat_map_page(results))
     return report
 
 
@@ -185,33 +184,3 @@ def _provenance(results: Sequence[Result]) -> str:
 
 def _joined(values: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _heat_maps(results: Sequence[Result]) -> Iterable[str]:
-    """A section for each category, with the pictures of each setting's first seed."""
-    yield "# Best and worst cases"
-    yield (
-        f"From left to right: {PANELS}. A case is good by how far its score lies on the right side of the threshold; "
-        "colours are scaled alike within a category, and their middle is the threshold of pixels."
-    )
-    labels = label_settings([result.spec for result in results])
-    first: dict[tuple[str, str], Result] = {}
-    for result, label in sorted(zip(results, labels, strict=True), key=lambda pair: pair[0].spec.seed):
-        first.setdefault((result.spec.category, label), result)
-    category = None
-    for (name, label), result in sorted(first.items()):
-        if name != category:
-            category = name
-            yield f"## {category}"
-        yield f"### {label}, seed {result.spec.seed}"
-        for case in result.cases:
-            yield _captioned(case)
-
-
-def _captioned(case: Case) -> str:
-    truth = "defective" if case.is_defective else "normal"
-    verdict = "right" if case.margin > 0 else "wrong"
-    caption = (
-        f"{case.kind.capitalize()}: `{case.image}`, {truth}; score {case.score:.3g}, threshold {case.threshold:.3g}"
-    )
-    return f"{caption}: {verdict} by {abs(case.margin):.2g}\n\n![{case.kind}, {case.image}]({case.picture})"
