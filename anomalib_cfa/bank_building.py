@@ -1,4 +1,4 @@
-"""The two ways to build the memory bank in one pass over the normal images, with the descriptor as it starts."""
+"""The ways to build the memory bank in one pass over the normal images, with the descriptor as it starts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from anomalib_cfa.search import nearest_centers
 
-BANK_KINDS = ("mean", "ema")
+BANK_KINDS = ("kmeans", "mean", "ema")
+
+_POINTS_PER_CENTER = 32
 
 
 class BankBuilder(ABC):
@@ -61,6 +63,63 @@ class BankBuilder(ABC):
         Args:
             total: Sums a tensor over all processes.
         """
+
+
+class KMeansBank(BankBuilder):
+    """Centres of K-means over a random sample of all images' patch descriptors.
+
+    Unlike a mean of each position it does not need the images to be aligned.
+
+    The sample is at most 32 patches a centre however many images there are: whenever it is full, a random half of it is
+    dropped, and half as many patches of each further image are taken in, so that all images count alike.
+
+    Args:
+        gamma_c: By how much the T patches of an image are compressed.
+        seed: Governs the sample and K-means.
+        processes: How many processes share the images.
+        process: Which of them this is, from 0.
+    """
+
+    def __init__(self, gamma_c: int, seed: int, processes: int = 1, process: int = 0) -> None:
+        super().__init__(gamma_c, seed)
+        self.processes = processes
+        self.process = process
+        self.share = 1.0
+        self.clusters = 0
+        self._generator = torch.Generator().manual_seed(seed + process)
+
+    def _update(self, descriptors: Tensor) -> None:
+        patches = descriptors.shape[1]
+        self.clusters = patches // self.gamma_c
+        capacity = max(_POINTS_PER_CENTER * self.clusters // self.processes, self.clusters, 1)
+        for image in descriptors.float():
+            chosen = self._sample(image, max(1, int(self.share * patches)))
+            self.state = chosen if self.state is None else torch.cat([self.state, chosen])
+            while len(self.state) > capacity:
+                self.state = self._sample(self.state, len(self.state) // 2)
+                self.share /= 2
+            self.count += 1
+
+    def _sample(self, points: Tensor, count: int) -> Tensor:
+        return points[torch.randperm(len(points), generator=self._generator)[:count].to(points.device)]
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Put the samples of all processes together."""
+        assert self.state is not None
+        points, width = self.state.shape
+        counts = torch.zeros(self.processes, dtype=torch.int64, device=self.state.device)
+        counts[self.process] = points
+        sizes = total(counts).tolist()
+        own = self.state.new_zeros(sum(sizes), width)
+        start = sum(sizes[: self.process])
+        own[start : start + points] = self.state
+        self.state = total(own)
+        self.count = int(total(torch.tensor(self.count, device=own.device)))
+
+    def centers(self) -> Tensor:
+        """The centres of all images taken in, of shape (N, D)."""
+        assert self.state is not None
+        return k_means(self.state, self.clusters, self.seed)
 
 
 class MeanBank(BankBuilder):

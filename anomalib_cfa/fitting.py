@@ -42,7 +42,8 @@ def build_memory_bank(model: CfaModel, features: TrainingFeatures, strategy: Str
         mean, covariance = strategy.broadcast(statistics.moments())
         model.descriptor.start_whitened(mean, covariance, model.seed)
 
-    builder = model.bank_builder(strategy.broadcast, is_first=strategy.is_global_zero)
+    processes, process = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
+    builder = model.bank_builder(strategy.broadcast, processes, process)
     for pyramid in features.pyramids("Building the memory bank"):
         descriptors = model.describe(pyramid).flatten(1, 2)
         _check_patches(model, descriptors.shape[1])

@@ -54,7 +54,8 @@ class Cfa(AnomalibModule):
         layers: Layers of the backbone to take features from. None: those of the paper, or strides 4, 8 and 16.
         pre_trained: Whether the backbone starts with ImageNet weights: timm's, from its cache or the hub.
         weights_path: A local file to take them from instead, ``.safetensors`` or ``.pth``.
-        bank: ``"mean"`` of each position, as the authors' code has it, or the paper's ``"ema"`` of nearest neighbours.
+        bank: How the centres are made: ``"kmeans"`` over patches of all images; the ``"mean"`` of each position, as the
+            authors' code has it; or the paper's ``"ema"`` of nearest neighbours.
         beta: The EMA's weight of the newest image. None: 1 / i.
         descriptor_start: Weights that the patch descriptor starts with: ``"whitened"``, by which the target's patch
             features vary alike in every direction, or the paper's, ``"random"``.
@@ -85,7 +86,7 @@ class Cfa(AnomalibModule):
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
-        gamma_c: int = 1,
+        gamma_c: int = 4,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
@@ -97,7 +98,7 @@ class Cfa(AnomalibModule):
         layers: list[str] | None = None,
         pre_trained: bool = True,
         weights_path: str | None = None,
-        bank: str = "mean",
+        bank: str = "kmeans",
         beta: float | None = None,
         descriptor_start: str = "whitened",
         learn_radius: bool = True,

@@ -8,7 +8,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
-from anomalib_cfa.bank_building import BankBuilder, EmaBank, MeanBank
+from anomalib_cfa.bank_building import BankBuilder, EmaBank, KMeansBank, MeanBank
 from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.memory_bank import MemoryBank
@@ -36,13 +36,13 @@ class CfaModel(nn.Module):
         pre_trained: bool = True,
         weights_path: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
-        gamma_c: int = 1,
+        gamma_c: int = 4,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
         radius: float = 1e-5,
         learn_radius: bool = True,
-        bank: str = "mean",
+        bank: str = "kmeans",
         beta: float | None = None,
         search: str = "pca",
         score: str = "calibrated",
@@ -67,16 +67,19 @@ class CfaModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
     def bank_builder(
-        self, broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor, is_first: bool = True
+        self, broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor, processes: int = 1, process: int = 0
     ) -> BankBuilder:
         """A builder of this model's kind of memory bank, to be fed all normal images.
 
         Args:
             broadcast: Hands the first process's tensor to all, where there are several.
-            is_first: Whether this is the first process.
+            processes: How many there are.
+            process: Which of them this is, from 0.
         """
+        if self.bank == "kmeans":
+            return KMeansBank(self.gamma_c, self.seed, processes, process)
         if self.bank == "ema":
-            return EmaBank(self.gamma_c, self.seed, self.beta, broadcast, is_first)
+            return EmaBank(self.gamma_c, self.seed, self.beta, broadcast, is_first=process == 0)
         return MeanBank(self.gamma_c, self.seed)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank_building import EmaBank, MeanBank, k_means
+from anomalib_cfa.bank_building import EmaBank, KMeansBank, MeanBank, k_means
 
 
 def images(count: int, patches: int = 20, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_beta_weighs_the_newest_image():
     torch.testing.assert_close(build(EmaBank(1, 0, beta=0.3), descriptors), centers)
 
 
-@pytest.mark.parametrize("kind", [MeanBank, EmaBank])
+@pytest.mark.parametrize("kind", [KMeansBank, MeanBank, EmaBank])
 @pytest.mark.parametrize("gamma_c", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 9])
 def test_size_depends_on_gamma_c_and_the_patches_only(kind, gamma_c, count):
@@ -79,6 +79,40 @@ def test_images_of_another_size_are_refused():
     builder.update(images(2))
     with pytest.raises(ValueError, match="one has 12 patches and those before it have 20"):
         builder.update(images(1, patches=12))
+
+
+def test_kmeans_bank_finds_the_modes_wherever_they_lie_in_the_images():
+    modes = 10 * torch.eye(6)[:4]
+    generator = torch.Generator().manual_seed(0)
+    descriptors = modes[torch.randint(4, (60, 20), generator=generator)] + 0.01 * images(60)
+    centers = build(KMeansBank(1, seed=0), descriptors, 7)
+    assert torch.cdist(modes, centers).min(dim=1).values.max() < 0.1
+
+
+def test_kmeans_bank_holds_a_bounded_sample_of_all_images_alike():
+    builder = KMeansBank(1, seed=0)
+    for number in range(400):
+        builder.update(torch.full((1, 20, 1), float(number)))
+    assert 300 < len(builder.state) <= 32 * 20
+    assert 150 < builder.state.mean() < 250
+    assert len(builder.state.unique()) > 250
+
+
+def test_kmeans_bank_puts_the_samples_of_all_processes_together():
+    descriptors = images(7)
+    builders = [KMeansBank(2, 0, processes=2, process=process) for process in range(2)]
+    for builder, share in zip(builders, descriptors.split(4), strict=True):
+        builder.update(share)
+    sizes = [len(builder.state) for builder in builders]
+    expected = torch.cat([builder.state for builder in builders])
+    parts = [builder.state for builder in builders]
+    for builder in builders:
+        totals = iter([torch.tensor(sizes), expected, torch.tensor(7)])
+        builder.merge(lambda own, totals=totals: next(totals))
+        assert torch.equal(builder.state, expected)
+        assert builder.count == 7
+    assert torch.equal(builders[0].centers(), builders[1].centers())
+    assert len(parts[0]) + len(parts[1]) == len(expected)
 
 
 def test_k_means_depends_on_its_seed_alone_and_beats_random_centers():

@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from anomalib.data import ImageBatch, MVTecAD
+from anomalib.data import ImageBatch
 from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
 from torchvision.tv_tensors import Image
 
@@ -32,20 +34,12 @@ from anomalib_cfa.benchmark.summary import AVERAGE, summarize, tabulate
 TINY = {"backbone": "test_resnet.r160_in1k", "pre_trained": False, "image_size": 64}
 
 
-class DyingData(MVTecAD):
-    """A data module that takes its process with it, as a lack of memory would."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        os._exit(1)
-
-
-def section(root, model=None, **changes):
+def section(root, arguments=None, **changes):
     """The ``benchmark`` section of a file, for the rendered category ``tile``."""
     data = {"root": str(root), "category": "tile", "train_batch_size": 4, "num_workers": 0}
     return {
         "seed": 0,
-        "model": {"class_path": "Cfa", "init_args": TINY | (model or {})},
+        "model": {"class_path": "Cfa", "init_args": TINY | (arguments or {})},
         "data": {"class_path": "MVTecAD", "init_args": data},
         "trainer": {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False},
     } | changes
@@ -230,15 +224,26 @@ def test_a_gpu_that_is_not_there_is_told_once_and_not_by_every_job(tmp_path, cap
     assert "finds no GPU" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_costs_its_own_job_only(rendered_mvtec, tmp_path):
-    dying = section(rendered_mvtec)["data"] | {"class_path": f"{__name__}.DyingData"}
-    fine = section(rendered_mvtec)["data"]
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only forked processes know what a test has patched")
+def test_a_process_that_dies_costs_its_own_job_only(tmp_path, monkeypatch):
+    def measure(job, task_id):
+        if job.spec.seed == 1:
+            os._exit(1)  # as the system would, for want of memory
+        return result_of(job.spec)
+
+    monkeypatch.setattr(Job, "_measure", measure)
+    forks = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forks)
     folder = RunFolder(tmp_path)
-    runner = ParallelRunner(JobGenerator("cpu", folder), n_jobs=1)
-    runner.run(section(rendered_mvtec, data={"grid": [dying, fine]}))
-    assert [failure.spec.data_name for failure in folder.failures()] == ["DyingData"]
+    ParallelRunner(JobGenerator("cpu", folder), n_jobs=2).run(section("data", {"seed": {"grid": [0, 1, 2, 3]}}))
+    assert [failure.spec.seed for failure in folder.failures()] == [1]
     assert "died twice" in next(folder.failures()).reason
-    assert [result.spec.data_name for result in folder.results()] == ["MVTecAD"]
+    assert sorted(result.spec.seed for result in folder.results()) == [0, 2, 3]
+
+
+def test_a_job_can_be_sent_to_another_process(tmp_path):
+    job = next(JobGenerator("cpu", RunFolder(tmp_path)).generate_jobs(section("data")))
+    assert pickle.loads(pickle.dumps(job)).spec == job.spec
 
 
 # Jobs
@@ -288,27 +293,27 @@ def test_the_grid_shares_nothing_between_its_points():
     assert TINY == {"backbone": "test_resnet.r160_in1k", "pre_trained": False, "image_size": 64}
 
 
-def test_the_keeper_keeps_the_largest_and_smallest_margins(tmp_path):
+def test_the_keeper_keeps_the_best_and_worst_of_each_kind(tmp_path):
     model = Cfa(**TINY)
     model.post_processor._image_threshold.fill_(1.0)
-    scores, labels = [3.0, 0.9, 0.5, 1.2, 1.4], [1, 1, 0, 0, 1]  # margins 2, -0.1, 0.5, -0.2, 0.4
-    batch = ImageBatch(
-        image=Image(torch.rand(5, 3, 32, 48)),
-        gt_label=torch.tensor(labels),
-        pred_score=torch.tensor(scores),
-        anomaly_map=torch.rand(5, 32, 48),
-        image_path=[f"tile/test/oil/{index}.png" for index in range(5)],
-    )
-    keeper = CaseKeeper(most=2)
-    keeper.on_test_batch_end(None, model, batch, None, 0)
+    keeper = CaseKeeper()
+    for scores, labels in (([3.0, 0.9, 0.5], [1, 1, 0]), ([1.2, 1.4, 0.8], [0, 1, 0])):
+        batch = ImageBatch(
+            image=Image(torch.rand(3, 3, 32, 48)),
+            gt_label=torch.tensor(labels),
+            pred_score=torch.tensor(scores),
+            anomaly_map=torch.rand(3, 32, 48),
+            image_path=[f"tile/test/any/{score}.png" for score in scores],
+        )
+        keeper.on_test_batch_end(None, model, batch, None, 0)
     cases = keeper.draw(tmp_path / "cases", tmp_path)
-    assert [(case.kind, case.image) for case in cases] == [
-        ("best", "oil/0.png"),
-        ("best", "oil/2.png"),
-        ("worst", "oil/3.png"),
-        ("worst", "oil/1.png"),
+    assert [(case.kind, case.is_defective, case.image) for case in cases] == [
+        ("best", True, "any/3.0.png"),
+        ("best", False, "any/0.5.png"),
+        ("worst", True, "any/0.9.png"),
+        ("worst", False, "any/1.2.png"),
     ]
-    assert [case.margin for case in cases] == pytest.approx([2, 0.5, -0.2, -0.1])
+    assert [case.margin for case in cases] == pytest.approx([2, 0.5, -0.1, -0.2])
     assert all((tmp_path / case.picture).is_file() for case in cases)
 
 

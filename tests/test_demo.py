@@ -132,8 +132,13 @@ def test_the_demo_ends_with_metrics_and_pictures(
 def test_a_failing_command_is_told_with_the_end_of_its_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_imagenet_weights", lambda *_: tmp_path / "missing.safetensors")
+    failing = tmp_path / "anomalib"
+    failing.write_text("#!/bin/sh\necho what went wrong\nexit 3\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr("anomalib_cfa.demo.commands.shutil.which", lambda *_, **__: str(failing))
+    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_imagenet_weights", lambda *_: None)
     monkeypatch.setattr("anomalib_cfa.demo.__main__.render_mvtec", lambda root, *_: root)
     assert main(["--output", str(tmp_path), "--categories", "tile"]) == 1
     message = capsys.readouterr().err
-    assert "`anomalib train` failed with exit status" in message
+    assert "`anomalib train` failed with exit status 3" in message
+    assert "what went wrong" in message

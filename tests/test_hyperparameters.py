@@ -14,7 +14,7 @@ RIGHT = {
     "radius": [0, 1e-5, 2],
     "alpha": [0, 0.1],
     "nu": [1e-3, 1],
-    "bank": ["ema", "mean"],
+    "bank": ["kmeans", "ema", "mean"],
     "beta": [None, 0.1, 1],
     "descriptor_start": ["whitened", "random"],
     "score": ["calibrated", "nearest", "softmin"],

@@ -1,8 +1,6 @@
-"""Keeps the test images that a model was surest of and most wrong about, and draws them."""
+"""Keeps the test images that a model did best and worst on, and draws them."""
 
-import heapq
 import math
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +22,7 @@ _PANEL_HEIGHT = 192
 
 
 class _Kept(NamedTuple):
-    rank: float
-    number: int  # no two alike, so that a heap never compares further
     image: str
-    is_defective: bool
     score: float
     threshold: float
     margin: float
@@ -35,20 +30,14 @@ class _Kept(NamedTuple):
 
 
 class CaseKeeper(Callback):
-    """Keeps the images of a test with the largest and the smallest margins.
+    """Keeps the images of a test with the largest and the smallest margin, of the defective and of the normal ones.
 
     The margin is how far an image's score lies on the right side of the threshold. Lightning calls this before the
     model's post-processor, so that scores are not yet clamped to [0, 1] and no two of them are alike for that.
-
-    Args:
-        most: How many of each to keep.
     """
 
-    def __init__(self, most: int = 2) -> None:
-        self.most = most
-        self._best: list[_Kept] = []
-        self._worst: list[_Kept] = []
-        self._numbers = count()
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, bool], _Kept] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Look at a batch."""
@@ -60,18 +49,16 @@ class CaseKeeper(Callback):
         scores, labels = outputs.pred_score.flatten().tolist(), outputs.gt_label.flatten().tolist()
         for index, (score, label) in enumerate(zip(scores, labels, strict=True)):
             margin = (score - threshold) * (1 if label else -1)
-            if math.isnan(margin):
-                continue
-            for heap, rank in ((self._best, margin), (self._worst, -margin)):
-                if len(heap) == self.most and rank <= heap[0].rank:
+            for kind, sign in (("best", 1), ("worst", -1)):
+                before = self._kept.get((kind, bool(label)))
+                if math.isnan(margin) or (before is not None and sign * margin <= sign * before.margin):
                     continue
                 name = "/".join(Path(outputs.image_path[index]).parts[-2:]) if outputs.image_path else str(index)
                 pictured = _pictured(outputs, index, pl_module)
-                kept = _Kept(rank, next(self._numbers), name, bool(label), score, threshold, margin, pictured)
-                (heapq.heapreplace if len(heap) == self.most else heapq.heappush)(heap, kept)
+                self._kept[kind, bool(label)] = _Kept(name, score, threshold, margin, pictured)
 
     def draw(self, folder: Path, root: Path) -> list[Case]:
-        """Draw what was kept, the extremest first.
+        """Draw what was kept, the best first, and of them the defective image.
 
         Args:
             folder: Where the pictures go.
@@ -79,14 +66,11 @@ class CaseKeeper(Callback):
         """
         folder.mkdir(parents=True, exist_ok=True)
         cases = []
-        for kind, heap in (("best", self._best), ("worst", self._worst)):
-            for place, kept in enumerate(sorted(heap, reverse=True), start=1):
-                path = folder / f"{kind}_{place}.jpg"
-                _draw(kept.pictured, path)
-                picture = path.relative_to(root).as_posix()
-                cases.append(
-                    Case(kind, kept.image, kept.is_defective, kept.score, kept.threshold, kept.margin, picture)
-                )
+        for (kind, is_defective), kept in sorted(self._kept.items(), key=lambda item: (item[0][0], not item[0][1])):
+            path = folder / f"{kind}_{'defective' if is_defective else 'normal'}.jpg"
+            _draw(kept.pictured, path)
+            picture = path.relative_to(root).as_posix()
+            cases.append(Case(kind, kept.image, is_defective, kept.score, kept.threshold, kept.margin, picture))
         return cases
 
 

@@ -13,7 +13,7 @@ from anomalib_cfa.benchmark.spec import JobSpec
 
 @dataclass(frozen=True)
 class Case:
-    """An image that the model was surest of, or most wrong about.
+    """An image that the model did best or worst on, among the defective or the normal ones.
 
     Attributes:
         kind: ``"best"`` or ``"worst"``.

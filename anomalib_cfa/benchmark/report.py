@@ -82,7 +82,7 @@ def _state(run: RunFolder, results: Sequence[Result]) -> str:
     """How much of the run is there, and what failed."""
     finished = sorted(result.finished for result in results)
     seeds = ", ".join(map(str, sorted({result.spec.seed for result in results})))
-    lines = [f"{len(results)} jobs, finished between {finished[0]} and {finished[-1]}. Seeds: {seeds}."]
+    lines = [f"Jobs: {len(results)}, the first finished at {finished[0]}, the last at {finished[-1]}. Seeds: {seeds}."]
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         wanted = [spec for name in accelerators(config) for spec in expand(name, config["benchmark"])]
