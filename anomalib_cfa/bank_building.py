@@ -86,40 +86,50 @@ class KMeansBank(BankBuilder):
         self.process = process
         self.share = 1.0
         self.clusters = 0
+        self._new: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed + process)
 
     def _update(self, descriptors: Tensor) -> None:
         patches = descriptors.shape[1]
         self.clusters = patches // self.gamma_c
         capacity = max(_POINTS_PER_CENTER * self.clusters // self.processes, self.clusters, 1)
+        held = sum(map(len, self._new)) + (0 if self.state is None else len(self.state))
         for image in descriptors.float():
-            chosen = self._sample(image, max(1, int(self.share * patches)))
-            self.state = chosen if self.state is None else torch.cat([self.state, chosen])
-            while len(self.state) > capacity:
-                self.state = self._sample(self.state, len(self.state) // 2)
-                self.share /= 2
+            self._new.append(self._sample(image, max(1, int(self.share * patches))))
             self.count += 1
+            held += len(self._new[-1])
+            if held > capacity:
+                state = self._gather()
+                while len(state) > capacity:
+                    state = self._sample(state, len(state) // 2)
+                    self.share /= 2
+                self.state, held = state, len(state)
+
+    def _gather(self) -> Tensor:
+        """The whole sample in one tensor; put together only when it must be, since that copies it."""
+        self.state = torch.cat(self._new if self.state is None else [self.state, *self._new])
+        self._new = []
+        return self.state
 
     def _sample(self, points: Tensor, count: int) -> Tensor:
         return points[torch.randperm(len(points), generator=self._generator)[:count].to(points.device)]
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
         """Put the samples of all processes together."""
-        assert self.state is not None
-        points, width = self.state.shape
-        counts = torch.zeros(self.processes, dtype=torch.int64, device=self.state.device)
+        state = self._gather()
+        points, width = state.shape
+        counts = torch.zeros(self.processes, dtype=torch.int64, device=state.device)
         counts[self.process] = points
         sizes = total(counts).tolist()
-        own = self.state.new_zeros(sum(sizes), width)
+        own = state.new_zeros(sum(sizes), width)
         start = sum(sizes[: self.process])
-        own[start : start + points] = self.state
+        own[start : start + points] = state
         self.state = total(own)
         self.count = int(total(torch.tensor(self.count, device=own.device)))
 
     def centers(self) -> Tensor:
         """The centres of all images taken in, of shape (N, D)."""
-        assert self.state is not None
-        return k_means(self.state, self.clusters, self.seed)
+        return k_means(self._gather(), self.clusters, self.seed)
 
 
 class MeanBank(BankBuilder):

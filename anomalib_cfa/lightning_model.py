@@ -171,7 +171,7 @@ class Cfa(AnomalibModule):
         self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha, nu)
         self._features: TrainingFeatures | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
-        logger.info("Cfa is anomalib-cfa %s, in place of anomalib's own", version("anomalib-cfa"))
+        logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
 
     @staticmethod
     def configure_pre_processor(
