@@ -375,10 +375,16 @@ def test_the_average_leaves_out_seeds_that_lack_a_category():
 
 def test_settings_are_told_apart_by_what_differs():
     specs = [spec_of(), spec_of(seed=1), spec_of("tile"), spec_of(center_crop_size=224), spec_of(gamma_d=2)]
+    specs += [spec_of(data="anomalib_cfa.data.RotatedMVTecAD"), spec_of(weights_path="/some/where/file.pth")]
     labels = label_settings(specs)
     assert labels[0] == labels[1] == labels[2]
-    assert len(set(labels)) == 3
-    assert labels[3] == "Cfa, resnet18, R+C 224, gamma_d None"
+    assert labels[2:] == [
+        "Cfa, resnet18, R",
+        "Cfa, resnet18, R+C 224",
+        "Cfa, resnet18, R, gamma_d 2",
+        "Cfa, resnet18, R, RotatedMVTecAD",
+        "Cfa, resnet18, R, weights_path file.pth",
+    ]
 
 
 def test_the_published_figures_average_to_what_their_sources_say():

@@ -41,10 +41,16 @@ def label_settings(specs: Sequence[JobSpec]) -> list[str]:
     settings = [{name: value for name, value in _flat(spec).items() if name not in _NO_SETTING} for spec in specs]
     names = sorted({name for setting in settings for name in setting} - _TOLD_OTHERWISE)
     differing = [name for name in names if len({repr(setting.get(name)) for setting in settings}) > 1]
-    return [
-        ", ".join([*_told(spec), *(f"{name.rpartition('.')[2]} {setting.get(name)}" for name in differing)])
-        for spec, setting in zip(specs, settings, strict=True)
-    ]
+    labels = []
+    for spec, setting in zip(specs, settings, strict=True):
+        told = [f"{name.rpartition('.')[2]} {_short(setting[name])}" for name in differing if name in setting]
+        labels.append(", ".join([*_told(spec), *told]))
+    return labels
+
+
+def _short(value: object) -> str:
+    """A value as it is, but of a path its last part."""
+    return str(value).rpartition("/")[2]
 
 
 def _flat(spec: JobSpec) -> dict[str, Any]:
