@@ -31,7 +31,7 @@ from anomalib_cfa.training_features import TrainingFeatures
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 15
+DEFAULT_EPOCHS = 10
 
 
 class Cfa(AnomalibModule):

@@ -1,0 +1,274 @@
+"""One measurement of the speed benchmark, made in a process of its own.
+
+``python measure.py TASK RESULT`` reads a JSON file that says what to measure, and writes what was measured to another.
+``speed.py`` starts it; whose ``Cfa`` it measures is decided by the environment variable ``ANOMALIB_CFA_REGISTER``.
+"""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.engine import Engine
+from anomalib.models import Cfa
+from lightning.pytorch import Callback
+from torch import Tensor
+
+Task = dict[str, Any]
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Carry out the task that the command line names."""
+    task_file, result_file = map(Path, sys.argv[1:])
+    task = json.loads(task_file.read_text())
+    torch.set_num_threads(task["threads"])
+    if Cfa.__module__.startswith("anomalib_cfa") != (task["side"] == "ours"):
+        sys.exit(f"{Cfa.__module__}.Cfa is not the one of {task['side']}")
+    result_file.write_text(json.dumps(MEASUREMENTS[task["kind"]](task)))
+
+
+class Stopwatch(Callback):
+    """Notes how long a fit takes until its first step, and how long each step of a full batch takes.
+
+    A step lasts from the end of the one before to its own: reading the images is part of it.
+
+    Args:
+        batch_size: Smaller batches, the last ones of an epoch, do not count.
+        untrained: File for the model's state when training starts, or None.
+    """
+
+    def __init__(self, batch_size: int, untrained: str | None) -> None:
+        self.batch_size = batch_size
+        self.untrained = untrained
+        self.preparation = 0.0
+        self.steps: list[float] = []
+        self.images = 0
+        self._last = self._began = 0.0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002
+        """Begin."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
+        """The memory bank is built."""
+        if trainer.current_epoch == 0:
+            self.preparation = time.perf_counter() - self._began
+            if self.untrained:
+                torch.save(pl_module.state_dict(), self.untrained)
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """A step is done."""
+        now = time.perf_counter()
+        if len(batch) == self.batch_size:
+            self.steps.append(now - self._last)
+        self.images += len(batch)
+        self._last = now
+
+
+def fit(task: Task) -> Result:
+    """Fit a model through anomalib's engine, without validation."""
+    model, watch = build_model(task), Stopwatch(task["batch_size"], task.get("untrained"))
+    datamodule = Folder(
+        name="speed",
+        normal_dir=task["images"],
+        train_batch_size=task["batch_size"],
+        num_workers=0,
+        val_split_mode="none",
+        test_split_mode="none",
+    )
+    engine = Engine(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=task["epochs"],
+        max_steps=task.get("steps", -1),
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        callbacks=[watch],
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=task["work"],
+    )
+    began = time.perf_counter()
+    engine.fit(model, datamodule=datamodule)
+    total = time.perf_counter() - began
+    if task.get("state"):
+        torch.save(model.state_dict(), task["state"])
+    bank = model.model.memory_bank
+    return {
+        "total_s": total,
+        "preparation_s": watch.preparation,
+        "steps_s": watch.steps,
+        "images": watch.images,
+        "peak_bytes": peak_memory(),
+        "centers": len(bank.centers) if task["side"] == "ours" else bank.shape[1],
+        "axes": bank.axes.shape[1] if task["side"] == "ours" else None,
+    }
+
+
+def inference(task: Task) -> Result:
+    """Predict one image, and run the frozen backbone alone on it, in turn."""
+    model = build_model(task)
+    model.load_state_dict(torch.load(task["state"], weights_only=True))
+    model.eval()
+    image = load_image(model, next(iter(sorted(Path(task["images"]).iterdir()))))
+    if task["side"] == "ours":
+        backbone, backbone_image = model.model.patch_features.network, image.to(memory_format=torch.channels_last)
+    else:
+        backbone, backbone_image = model.model.feature_extractor, image
+    with torch.inference_mode():
+        whole, alone = alternate(
+            [lambda: model.model(image), lambda: backbone(backbone_image)], task["repeats"], task.get("warm_up", 3)
+        )
+    return {"whole_s": median(whole), "backbone_s": median(alone), "all_s": whole, "peak_bytes": peak_memory()}
+
+
+def k_means(task: Task) -> Result:
+    """Cluster a memory bank's points."""
+    points = torch.load(task["state"], weights_only=True)["model.memory_bank.centers"]
+    cluster = cluster_ours if task["side"] == "ours" else cluster_anomalib
+    clusters = len(points) // task["gamma_c"]
+    cluster(points[: 4 * 16], 16, 0)  # starts the threads
+    began = time.perf_counter()
+    centers = cluster(points, clusters, task["round"])
+    seconds = time.perf_counter() - began
+    nearest = torch.cat([torch.cdist(part.double(), centers.double()).amin(dim=1) for part in points.split(1024)])
+    return {"seconds": seconds, "inertia": nearest.square().sum().item(), "points": list(points.shape)}
+
+
+def cluster_ours(points: Tensor, clusters: int, seed: int) -> Tensor:
+    from anomalib_cfa.bank_building import k_means as ours  # noqa: PLC0415 - not in anomalib's process
+
+    return ours(points, clusters, seed)
+
+
+def cluster_anomalib(points: Tensor, clusters: int, seed: int) -> Tensor:
+    from anomalib.models.components.cluster.kmeans import KMeans  # noqa: PLC0415 - not in this package's process
+
+    torch.manual_seed(seed)
+    return KMeans(clusters, max_iter=3000).fit(points)[1]  # as its Cfa calls it
+
+
+def recall(task: Task) -> Result:
+    """Search a memory bank with each kind of index for the patches of images, and compare with brute force."""
+    from anomalib_cfa.memory_bank import MemoryBank  # noqa: PLC0415 - not in anomalib's process
+
+    model = build_model(task)
+    model.load_state_dict(torch.load(task["state"], weights_only=True))
+    model.eval()
+    paths = sorted(Path(task["images"]).iterdir())[-task["queries"] :]
+    with torch.no_grad():
+        images = torch.cat([load_image(model, path) for path in paths])
+        descriptors = model.model.describe(model.model.pyramid(images)).flatten(0, 2)
+    centers, k = model.model.memory_bank.centers, task["k"]
+    truth = torch.cat(
+        [
+            torch.cdist(part.double(), centers.double()).topk(k, largest=False).indices
+            for part in descriptors.split(1024)
+        ]
+    )
+    found = {}
+    for kind in task["search_kinds"]:
+        bank = MemoryBank(kind)
+        bank.assign(centers)
+        queries = descriptors.detach().requires_grad_()  # a bank searches its index where it is trained against
+        began = time.perf_counter()
+        bank.nearest(queries[:16], k)
+        built = time.perf_counter() - began
+        (seconds,) = alternate([lambda bank=bank, queries=queries: bank.nearest(queries, k)], task["repeats"], 1)
+        indices = bank.nearest(queries, k)[1]
+        hits = (indices[:, :, None] == truth[:, None, :]).any(dim=1).float().mean().item()
+        found[kind] = {"seconds": median(seconds), "index_s": built, "recall": hits}
+    return {"kinds": found, "queries": len(descriptors), "centers": len(centers)}
+
+
+def images(task: Task) -> Result:
+    """Lay out normal images: some of a folder's, spread evenly, or rendered ones."""
+    folder = Path(task["images"])
+    folder.mkdir(parents=True)
+    if task["source"] is None:
+        from anomalib_cfa.demo.render import render_mvtec  # noqa: PLC0415 - not in anomalib's process
+
+        rendered = render_mvtec(folder.parent / "rendered", ["tile"], num_train=task["count"], num_good=1)
+        paths = sorted((rendered / "tile/train/good").iterdir())
+    else:
+        paths = sorted(path for path in Path(task["source"]).iterdir() if path.is_file())
+    if len(paths) < task["count"]:
+        sys.exit(f"{task['source']} must hold at least {task['count']} images, but holds {len(paths)}")
+    step = len(paths) / task["count"]
+    for number in range(task["count"]):
+        path = paths[int(number * step)]
+        shutil.copy(path, folder / f"{number:04}{path.suffix}")
+    from anomalib_cfa.benchmark.provenance import machine, versions  # noqa: PLC0415 - not in anomalib's process
+
+    return {"machine": machine("cpu"), "versions": versions()}
+
+
+def build_model(task: Task) -> Any:  # noqa: ANN401 - one of two classes
+    """The model of the task's side; both get the same backbone weights, random ones if there is no file."""
+    size, weights = (task["size"], task["size"]), task.get("weights_path")
+    settings: dict[str, Any] = {
+        "backbone": task["backbone"],
+        "gamma_c": task["gamma_c"],
+        "pre_processor": Cfa.configure_pre_processor(size),
+        "evaluator": False,
+        "visualizer": False,
+    }
+    if task["side"] == "ours":
+        return Cfa(**settings, pre_trained=weights is not None, weights_path=weights, **task.get("options", {}))
+    # Anomalib's own would download torchvision's weights.
+    with patch("torchvision.models.get_model_weights", return_value=SimpleNamespace(DEFAULT=None)):
+        model = Cfa(**settings)
+    if weights is not None:
+        from timm.models import load_state_dict  # noqa: PLC0415 - reads both kinds of file
+
+        model.model.feature_extractor.load_state_dict(load_state_dict(weights), strict=False)
+    return model
+
+
+def load_image(model: Any, path: Path) -> Tensor:  # noqa: ANN401 - one of two classes
+    image: Tensor = read_image(path, as_tensor=True)
+    return model.pre_processor.transform(image)[None]  # type: ignore[no-any-return]
+
+
+def alternate(calls: list[Callable[[], object]], repeats: int, warm_up: int) -> list[list[float]]:
+    """Seconds of each call, made in turn."""
+    for _ in range(warm_up):
+        for call in calls:
+            call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, taken in zip(calls, seconds, strict=True):
+            began = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - began)
+    return seconds
+
+
+def peak_memory() -> int:
+    """Most bytes that were resident in this process. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
+
+
+MEASUREMENTS: dict[str, Callable[[Task], Result]] = {
+    "fit": fit,
+    "inference": inference,
+    "k_means": k_means,
+    "recall": recall,
+    "images": images,
+}
+
+if __name__ == "__main__":
+    main()
