@@ -19,8 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
     """A copy of a transform that exports as it runs.
 
-    Each `Resize` becomes an :class:`ExportableResize` and each `CenterCrop` anomalib's `ExportableCenterCrop`, inside
-    of `Compose` too; all others stay.
+    Each ``Resize`` becomes an :class:`ExportableResize`` and each ``CenterCrop`` anomalib's ``ExportableCenterCrop`, inside
+    of ``Compose`` too; all others stay.
 
     Args:
         transform: The transform to copy, or None.
@@ -45,8 +45,8 @@ def _with_exportable_resize(transform: v2.Transform) -> v2.Transform:
 def make_exportable(pre_processor: nn.Module | None) -> None:
     """Make a pre-processor export the transform that it trains and tests with.
 
-    Sets the `export_transform` that anomalib's `PreProcessor`, or a subclass, runs outside of the trainer, from its
-    `transform`. Anomalib puts its own there whenever it builds a pre-processor, restores one from a checkpoint or
+    Sets the ``export_transform`` that anomalib's ``PreProcessor``, or a subclass, runs outside of the trainer, from its
+    ``transform``. Anomalib puts its own there whenever it builds a pre-processor, restores one from a checkpoint or
     changes its size. Leaves None and modules without these two attributes alone.
 
     Args:
@@ -122,7 +122,7 @@ _DETERMINISTIC_TRANSFORMS = frozenset(
 def is_deterministic(transform: v2.Transform | None) -> str | None:
     """Name the first part of a transform that is not known to give the same image each time.
 
-    Known are torchvision's and anomalib's own deterministic transforms and `Compose` of them, by their exact types: a
+    Known are torchvision's and anomalib's own deterministic transforms and ``Compose`` of them, by their exact types: a
     subclass may do anything.
 
     Args:

@@ -44,10 +44,10 @@ def resize_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Weights that resize one axis as :func:`torch.nn.functional.interpolate` does with `align_corners=False`.
+    """Weights that resize one axis as :func:`torch.nn.functional.interpolate` does with ``align_corners=False``.
 
     Args:
-        size: Pixels along the axis; may be symbolic, as `new_size`.
+        size: Pixels along the axis; may be symbolic, as ``new_size``.
         new_size: Pixels wanted.
         kernel: The interpolation kernel.
         antialias: Whether the kernel widens where the axis shrinks.
@@ -73,13 +73,13 @@ def resize_weights(
 
 
 class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not typed
-    """A `Resize` that resizes in an exported graph as it does in PyTorch, anti-aliasing included.
+    """A ``Resize`` that resizes in an exported graph as it does in PyTorch, anti-aliasing included.
 
     In PyTorch it is its base class. In a graph exported by :mod:`torch.export`, and so in ONNX and OpenVINO, floating
     point images are multiplied from both sides by :func:`resize_weights`, which the graph computes from the image's
     height and width. The two agree to the rounding of torch's own float32 weights: 1e-6 of the range where the new size
     is a power of two, else 2e-5 at worst. What has no such weights, the nearest modes and bicubic without
-    anti-aliasing, is exported as PyTorch exports it. The arguments are those of torchvision's `Resize`.
+    anti-aliasing, is exported as PyTorch exports it. The arguments are those of torchvision's ``Resize``.
 
     Example:
         >>> ExportableResize((64, 64))(torch.rand(2, 3, 300, 200)).shape
@@ -89,7 +89,7 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
         """Resize one input: the method that torchvision's transforms override."""
         antialias = bool(self.antialias)
-        kernel = _KERNELS.get((_interpolation_mode(self.interpolation), antialias))
+        kernel = _KERNELS.get((self.mode, antialias))
         if not torch.compiler.is_exporting() or kernel is None or not inpt.is_floating_point():
             return super().transform(inpt, params)
         height, width = inpt.shape[-2:]
@@ -99,6 +99,13 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
         rows = resize_weights(height, new_height, kernel, antialias, inpt.dtype, inpt.device)
         columns = resize_weights(width, new_width, kernel, antialias, inpt.dtype, inpt.device)
         return rows @ inpt @ columns.mT
+
+    @property
+    def mode(self) -> InterpolationMode:
+        """The interpolation, whichever way it was given."""
+        if isinstance(self.interpolation, int):  # Pillow's constant
+            return InterpolationMode(Resampling(self.interpolation).name.lower())
+        return InterpolationMode(self.interpolation)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing, as torchvision has them, also for symbolic ones.
@@ -116,9 +123,3 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
             return height, width
         longer = torch.sym_max(height, width)
         return tuple(torch.sym_min(side, self.max_size * side // longer) for side in (height, width))
-
-
-def _interpolation_mode(interpolation: InterpolationMode | str | int) -> InterpolationMode:
-    if isinstance(interpolation, int):  # Pillow's constant
-        interpolation = Resampling(interpolation).name.lower()
-    return InterpolationMode(interpolation)

@@ -5,23 +5,21 @@
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from anomalib.data import Folder
-from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.models import Cfa
-from lightning.pytorch import Callback
+from models import build_model, load_image
+from stopwatch import Stopwatch, alternate, peak_memory
 from torch import Tensor
 
 Task = dict[str, Any]
@@ -36,45 +34,6 @@ def main() -> None:
     if Cfa.__module__.startswith("anomalib_cfa") != (task["side"] == "ours"):
         sys.exit(f"{Cfa.__module__}.Cfa is not the one of {task['side']}")
     result_file.write_text(json.dumps(MEASUREMENTS[task["kind"]](task)))
-
-
-class Stopwatch(Callback):
-    """Notes how long a fit takes until its first step, and how long each step of a full batch takes.
-
-    A step lasts from the end of the one before to its own: reading the images is part of it.
-
-    Args:
-        batch_size: Smaller batches, the last ones of an epoch, do not count.
-        untrained: File for the model's state when training starts, or None.
-    """
-
-    def __init__(self, batch_size: int, untrained: str | None) -> None:
-        self.batch_size = batch_size
-        self.untrained = untrained
-        self.preparation = 0.0
-        self.steps: list[float] = []
-        self.images = 0
-        self._last = self._began = 0.0
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002
-        """Begin."""
-        self._began = time.perf_counter()
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401
-        """The memory bank is built."""
-        if trainer.current_epoch == 0:
-            self.preparation = time.perf_counter() - self._began
-            if self.untrained:
-                torch.save(pl_module.state_dict(), self.untrained)
-        self._last = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
-        """A step is done."""
-        now = time.perf_counter()
-        if len(batch) == self.batch_size:
-            self.steps.append(now - self._last)
-        self.images += len(batch)
-        self._last = now
 
 
 def fit(task: Task) -> Result:
@@ -148,16 +107,18 @@ def k_means(task: Task) -> Result:
 
 
 def cluster_ours(points: Tensor, clusters: int, seed: int) -> Tensor:
+    """This package's."""
     from anomalib_cfa.bank_building import k_means as ours  # noqa: PLC0415 - not in anomalib's process
 
     return ours(points, clusters, seed)
 
 
 def cluster_anomalib(points: Tensor, clusters: int, seed: int) -> Tensor:
+    """Anomalib's, as its Cfa calls it."""
     from anomalib.models.components.cluster.kmeans import KMeans  # noqa: PLC0415 - not in this package's process
 
     torch.manual_seed(seed)
-    return KMeans(clusters, max_iter=3000).fit(points)[1]  # as its Cfa calls it
+    return KMeans(clusters, max_iter=3000).fit(points)[1]
 
 
 def recall(task: Task) -> Result:
@@ -169,8 +130,8 @@ def recall(task: Task) -> Result:
     model.eval()
     paths = sorted(Path(task["images"]).iterdir())[-task["queries"] :]
     with torch.no_grad():
-        images = torch.cat([load_image(model, path) for path in paths])
-        descriptors = model.model.describe(model.model.pyramid(images)).flatten(0, 2)
+        batch = torch.cat([load_image(model, path) for path in paths])
+        descriptors = model.model.describe(model.model.pyramid(batch)).flatten(0, 2)
     centers, k = model.model.memory_bank.centers, task["k"]
     truth = torch.cat(
         [
@@ -186,7 +147,7 @@ def recall(task: Task) -> Result:
         began = time.perf_counter()
         bank.nearest(queries[:16], k)
         built = time.perf_counter() - began
-        (seconds,) = alternate([lambda bank=bank, queries=queries: bank.nearest(queries, k)], task["repeats"], 1)
+        (seconds,) = alternate([partial(bank.nearest, queries, k)], task["repeats"], 1)
         indices = bank.nearest(queries, k)[1]
         hits = (indices[:, :, None] == truth[:, None, :]).any(dim=1).float().mean().item()
         found[kind] = {"seconds": median(seconds), "index_s": built, "recall": hits}
@@ -213,53 +174,6 @@ def images(task: Task) -> Result:
     from anomalib_cfa.benchmark.provenance import machine, versions  # noqa: PLC0415 - not in anomalib's process
 
     return {"machine": machine("cpu"), "versions": versions()}
-
-
-def build_model(task: Task) -> Any:  # noqa: ANN401 - one of two classes
-    """The model of the task's side; both get the same backbone weights, random ones if there is no file."""
-    size, weights = (task["size"], task["size"]), task.get("weights_path")
-    settings: dict[str, Any] = {
-        "backbone": task["backbone"],
-        "gamma_c": task["gamma_c"],
-        "pre_processor": Cfa.configure_pre_processor(size),
-        "evaluator": False,
-        "visualizer": False,
-    }
-    if task["side"] == "ours":
-        return Cfa(**settings, pre_trained=weights is not None, weights_path=weights, **task.get("options", {}))
-    # Anomalib's own would download torchvision's weights.
-    with patch("torchvision.models.get_model_weights", return_value=SimpleNamespace(DEFAULT=None)):
-        model = Cfa(**settings)
-    if weights is not None:
-        from timm.models import load_state_dict  # noqa: PLC0415 - reads both kinds of file
-
-        model.model.feature_extractor.load_state_dict(load_state_dict(weights), strict=False)
-    return model
-
-
-def load_image(model: Any, path: Path) -> Tensor:  # noqa: ANN401 - one of two classes
-    image: Tensor = read_image(path, as_tensor=True)
-    return model.pre_processor.transform(image)[None]  # type: ignore[no-any-return]
-
-
-def alternate(calls: list[Callable[[], object]], repeats: int, warm_up: int) -> list[list[float]]:
-    """Seconds of each call, made in turn."""
-    for _ in range(warm_up):
-        for call in calls:
-            call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
-            began = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - began)
-    return seconds
-
-
-def peak_memory() -> int:
-    """Most bytes that were resident in this process. Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 MEASUREMENTS: dict[str, Callable[[Task], Result]] = {

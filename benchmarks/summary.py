@@ -117,24 +117,20 @@ def _training(rows: Sequence[Row]) -> list[Comparison]:
         found += compare(name, [row["result"]["total_s"] for row in kept_rows], anomalib, "s", ">= 8")
         defaults = [row["result"]["total_s"] for row in find(rows, "training", largest[0])]
         found += compare("the same, all of this package's defaults", defaults, anomalib, "s", "")
-        peaks = ([row["result"]["peak_bytes"] / 2**30 for row in side] for side in (kept_rows, cut))
-        found += compare(f"peak memory of that fit, {batch}", *peaks, "GiB", ">= 3")
+        ours, anomalib = ([row["result"]["peak_bytes"] / 2**30 for row in side] for side in (kept_rows, cut))
+        found += compare(f"peak memory of that fit, {batch}", ours, anomalib, "GiB", ">= 3")
     return found
 
 
 def _k_means(rows: Sequence[Row]) -> list[Comparison]:
-    ours, anomalib = (
-        [row["result"] for row in find(rows, "k_means", "K-means", side)] for side in ("ours", "anomalib")
+    seconds, inertia = (
+        [[row["result"][name] for row in find(rows, "k_means", "K-means", side)] for side in ("ours", "anomalib")]
+        for name in ("seconds", "inertia")
     )
+    name = "inertia of K-means, ours over anomalib's"
     return [
-        *compare("K-means", *([one["seconds"] for one in side] for side in (ours, anomalib)), "s", ">= 10"),
-        *compare(
-            "inertia of K-means, ours over anomalib's",
-            *([one["inertia"] for one in side] for side in (ours, anomalib)),
-            "",
-            "<= 1",
-            inverse=True,
-        ),
+        *compare("K-means", seconds[0], seconds[1], "s", ">= 10"),
+        *compare(name, inertia[0], inertia[1], "", "<= 1", inverse=True),
     ]
 
 
@@ -144,14 +140,14 @@ def _inference(rows: Sequence[Row]) -> list[Comparison]:
         ours, anomalib = ([row["result"] for row in find(rows, "inference", label, s)] for s in ("ours", "anomalib"))
         if not ours or "whole_s" not in ours[0]:
             continue
-        milliseconds = ([1e3 * one["whole_s"] for one in side] for side in (ours, anomalib))
+        whole, theirs = ([1e3 * one["whole_s"] for one in side] for side in (ours, anomalib))
         target = ">= 2" if label.startswith("resnet18") else ">= 1.7"
-        found += compare(f"inference, {label}", *milliseconds, "ms", target)
-        shares = median(one["whole_s"] / one["backbone_s"] for one in ours)
-        backbone = 1e3 * median(one["backbone_s"] for one in ours)
+        found += compare(f"inference, {label}", whole, theirs, "ms", target)
+        alone = [1e3 * one["backbone_s"] for one in ours]
         bound = "<= 1.5" if label.endswith("gamma_c = 4") else ""
-        name = f"inference over its backbone alone ({backbone:.1f} ms), {label}"
-        found.append(Comparison(name, 1e3 * median(one["whole_s"] for one in ours), None, "ms", shares, bound))
+        name = f"inference over its backbone alone ({median(alone):.1f} ms), {label}"
+        share = median(a / b for a, b in zip(whole, alone, strict=True))
+        found.append(Comparison(name, median(whole), None, "ms", share, bound))
     return found
 
 
