@@ -267,19 +267,16 @@ def test_installing_twice_puts_one_finder_in_place() -> None:
     assert len(finders) == 1
 
 
-def test_the_hook_costs_milliseconds_and_imports_the_standard_library_only() -> None:
+def test_the_hook_imports_the_standard_library_only() -> None:
     code = """
 import json, sys
 before = set(sys.modules)
-import collections.abc, contextlib, importlib.util, time, warnings  # torch has these
-start = time.perf_counter()
 import anomalib_cfa_hook
 anomalib_cfa_hook.install()
-print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before - {"anomalib_cfa_hook"})]))
+print(json.dumps(sorted(set(sys.modules) - before - {"anomalib_cfa_hook"})))
 """
-    runs = [json.loads(_run(code).stdout) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) < 0.020
-    assert {name.partition(".")[0] for name in runs[0][1]} <= set(sys.stdlib_module_names)
+    imported = json.loads(_run(code).stdout)
+    assert {name.partition(".")[0] for name in imported} <= set(sys.stdlib_module_names)
 
 
 def test_a_python_that_uses_neither_torch_nor_anomalib_loads_nothing_of_ours() -> None:
