@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anomalib_cfa import pre_processing
 from anomalib_cfa.checkpoint import check_checkpoint
+from anomalib_cfa.export import CfaExport
 from anomalib_cfa.fitting import build_memory_bank
 from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
 from anomalib_cfa.kept_features import IndexedBatch
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 10
 
 
-class Cfa(AnomalibModule):
+class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib's own mixin
     """CFA: Coupled-hypersphere-based Feature Adaptation (Lee, Lee, Song, IEEE Access 2022, arXiv 2206.04325).
 
     Anomalib's own arguments of the same name mean the same.

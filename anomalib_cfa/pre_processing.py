@@ -19,8 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
     """A copy of a transform that exports as it runs.
 
-    Each ``Resize`` becomes an :class:`ExportableResize`` and each ``CenterCrop`` anomalib's ``ExportableCenterCrop`, inside
-    of ``Compose`` too; all others stay.
+    Each ``Resize`` becomes an :class:`ExportableResize`, and each ``CenterCrop`` anomalib's own exportable one, also
+    inside of ``Compose``; all others stay.
 
     Args:
         transform: The transform to copy, or None.

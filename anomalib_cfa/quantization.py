@@ -122,7 +122,7 @@ class _Images:
     def __iter__(self) -> Iterator[_Example]:
         batch, _, *size = self.shape
         for index in range(len(self.dataset)):
-            item = self.dataset[index]
+            item: Any = self.dataset[index]
             image, mask = item.image, item.gt_mask
             if mask is not None and self.transform is not None:
                 _, mask = self.transform(image, mask)
@@ -183,9 +183,10 @@ def _evaluate(compiled: Any, examples: Iterable[_Example], metric: Metric | None
 
 def _batch(example: _Example, output: dict[str, Tensor]) -> ImageBatch:
     """What anomalib's metrics take."""
+    predictions: dict[str, Any] = dict(output)
     return ImageBatch(
         image=torch.from_numpy(example.image[:1]),
         gt_label=example.label.reshape(1),
         gt_mask=None if example.mask is None else example.mask.reshape(1, *example.mask.shape[-2:]),
-        **output,
+        **predictions,
     )

@@ -147,7 +147,7 @@ class CfaModel(nn.Module):
             ValueError: If a distance is not finite.
         """
         neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        squared, indices = self.memory_bank.nearest(self.describe(pyramid), neighbors)
+        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
         if not torch.compiler.is_compiling() and not torch.isfinite(squared).all():
             msg = "The images must hold finite values only, but lead to nan or infinite distances"
             raise ValueError(msg)

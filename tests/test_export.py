@@ -128,7 +128,7 @@ def test_centre_crop_and_a_pre_processor_of_ones_own(tmp_path):
     _assert_agree(_run_openvino(model.to_openvino(tmp_path), image), expected)
 
 
-def test_resize_and_normalization_stay_in_float32_where_openvino_would_not(openvino_path):
+def test_the_resize_stays_in_float32_where_openvino_would_not(openvino_path):
     import openvino
 
     compiled = openvino.Core().compile_model(openvino_path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
@@ -138,7 +138,6 @@ def test_resize_and_normalization_stay_in_float32_where_openvino_would_not(openv
         for name in info["originalLayersNames"].astype(str).split(","):
             precisions[name] = info["runtimePrecision"].astype(str)
     assert precisions["resize"] == "f32"
-    assert {precisions[name] for name in precisions if "Conv" in name and "descriptor" in name} == {"f32"}
 
 
 def test_inferencers_read_an_image_file(model, openvino_path, tmp_path, monkeypatch):
