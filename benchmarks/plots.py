@@ -6,7 +6,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 from report import growth_series
 from summary import Row, find, labels
 
@@ -54,6 +56,7 @@ def _growth(series: dict[str, dict[str, list[float]]]) -> Figure:
             )
         axes.set(xscale="log", yscale="log", xlabel="Side of the image in pixels", title=title)
         axes.grid(alpha=0.3, which="both")
+        _plain_ticks(axes.yaxis)
         _sides(axes, sorted({side for curve in series.values() for side in curve["side"]}))
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("One image, gamma_c = 1")
@@ -70,6 +73,12 @@ def _sides(axes: Axes, sides: Sequence[float]) -> None:
     above.set_xlabel("Centres in the memory bank", fontsize=8)
 
 
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers in place of powers of ten, which say nothing where an axis spans a factor of two."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+
+
 def _recall(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
@@ -80,5 +89,6 @@ def _recall(rows: Sequence[Row]) -> Figure:
             axes.plot(milliseconds, found["recall"], _MARKERS.get(kind, "x"), color=f"C{number}", label=label)
     axes.set(xscale="log", xlabel="Milliseconds per 1,024 patches", ylabel="Recall@6 against brute force")
     axes.grid(alpha=0.3, which="both")
+    _plain_ticks(axes.xaxis)
     axes.legend(fontsize=7)
     return figure
