@@ -58,10 +58,11 @@ def build_network(
 
 
 def default_layers(strides: Sequence[int]) -> list[int]:
-    """Indices of the layers that correspond to a ResNet's ``layer1..3``.
+    """Indices of the layers that correspond to a ResNet's ``layer2`` and ``layer3``.
 
-    The deepest layer of each stride from 4 to 16; of a plain transformer, whose strides are all one, those at a
-    quarter, half and three quarters of its depth. So the most specialised features, the deepest, are left out.
+    The deepest layer of each stride from 8 to 16; of a plain transformer, whose strides are all one, those at a
+    quarter, half and three quarters of its depth. So the most specialised features, the deepest, are left out, and the
+    finest, which make four times the patches.
 
     Args:
         strides: The layers' strides, in pixels, in the order of their depth.
@@ -69,7 +70,7 @@ def default_layers(strides: Sequence[int]) -> list[int]:
     if len(set(strides)) == 1:
         return sorted({math.ceil(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3)})
     deepest = {stride: index for index, stride in enumerate(strides)}
-    return [index for stride, index in deepest.items() if 4 <= stride <= 16] or list(range(len(strides) - 1))
+    return [index for stride, index in deepest.items() if 8 <= stride <= 16] or list(range(len(strides) - 1))
 
 
 @torch.no_grad()

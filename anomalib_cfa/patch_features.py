@@ -31,15 +31,15 @@ class PatchFeatures(nn.Module):
     part of the state dict, so a module that is restored from one does not need them again.
 
     The four backbones of the paper go by anomalib's names ``resnet18``, ``wide_resnet50_2``, ``vgg19_bn`` and
-    ``efficientnet_b5``, with the weights and the layers that the authors used. For EfficientNet-B5 these are timm's
+    ``efficientnet_b5``, with the weights that the authors used. For EfficientNet-B5 these are timm's
     ``tf_efficientnet_b5.aa_in1k``, the nearest to the authors' file; each of its levels is divided by its number of
     channels, and the descriptor is twice as wide, as in the authors' code. Any other model goes by timm's name.
 
     Args:
         backbone: One of the four names, or the name of a timm model, with or without the tag of its weights.
         layers: Layers to read, by timm's names (``feature_info``), in any order; of a ResNet, VGG or EfficientNet
-            single blocks too, such as ``layer2.0``. Defaults to the authors', and for other models to the deepest
-            layer of each stride from 4 to 16, or to three blocks of a plain transformer.
+            single blocks too, such as ``layer2.0``. Defaults to the deepest layer of each stride from 8 to 16, or
+            to three blocks of a plain transformer; of the paper's VGG and EfficientNet to the authors'.
         pre_trained: Whether :meth:`load_weights` loads pre-trained weights. If not, they stay random.
         weights_path: Local file of pre-trained weights, in place of timm's download: see
             :func:`anomalib_cfa.backbone_weights.read_weights`.
@@ -53,9 +53,9 @@ class PatchFeatures(nn.Module):
     Example:
         >>> patch_features = PatchFeatures("resnet18", pre_trained=False)
         >>> [tuple(level.shape) for level in patch_features(torch.rand(1, 3, 64, 96))]
-        [(1, 64, 16, 24), (1, 128, 8, 12), (1, 256, 4, 6)]
+        [(1, 128, 8, 12), (1, 256, 4, 6)]
         >>> patch_features.strides
-        (4, 8, 16)
+        (8, 16)
     """
 
     weights_loaded: Tensor

@@ -279,7 +279,7 @@ def test_nan_and_infinite_images_never_become_a_score(fitted, value):
 
 def test_too_few_centers_for_the_targets_is_refused_at_the_first_batch(rendered_mvtec, tmp_path):
     with pytest.raises(ValueError, match="at most the memory bank's size of 4 centres"):
-        engine(tmp_path).fit(tiny(gamma_c=64), datamodule=mvtec(rendered_mvtec))
+        engine(tmp_path).fit(tiny(gamma_c=16), datamodule=mvtec(rendered_mvtec))
 
 
 def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
