@@ -23,7 +23,7 @@ class BankBuilder(ABC):
         seed: Governs K-means.
     """
 
-    def __init__(self, gamma_c: int, seed: int) -> None:
+    def __init__(self, gamma_c: float, seed: int) -> None:
         self.gamma_c = gamma_c
         self.seed = seed
         self.count = 0
@@ -74,13 +74,13 @@ class KMeansBank(BankBuilder):
     dropped, and half as many patches of each further image are taken in, so that all images count alike.
 
     Args:
-        gamma_c: By how much the T patches of an image are compressed.
+        gamma_c: By how much the T patches of an image are compressed; below 1 there are more centres than T.
         seed: Governs the sample and K-means.
         processes: How many processes share the images.
         process: Which of them this is, from 0.
     """
 
-    def __init__(self, gamma_c: int, seed: int, processes: int = 1, process: int = 0) -> None:
+    def __init__(self, gamma_c: float, seed: int, processes: int = 1, process: int = 0) -> None:
         super().__init__(gamma_c, seed)
         self.processes = processes
         self.process = process
@@ -91,7 +91,7 @@ class KMeansBank(BankBuilder):
 
     def _update(self, descriptors: Tensor) -> None:
         patches = descriptors.shape[1]
-        self.clusters = patches // self.gamma_c
+        self.clusters = int(patches / self.gamma_c)
         capacity = max(_POINTS_PER_CENTER * self.clusters // self.processes, self.clusters, 1)
         held = sum(map(len, self._new)) + (0 if self.state is None else len(self.state))
         for image in descriptors.float():
@@ -129,7 +129,8 @@ class KMeansBank(BankBuilder):
 
     def centers(self) -> Tensor:
         """The centres of all images taken in, of shape (N, D)."""
-        return k_means(self._gather(), self.clusters, self.seed)
+        sample = self._gather()
+        return k_means(sample, min(self.clusters, len(sample)), self.seed)
 
 
 class MeanBank(BankBuilder):
@@ -153,7 +154,7 @@ class MeanBank(BankBuilder):
         """The centres of all images taken in, of shape (N, D)."""
         assert self.state is not None
         means = (self.state / self.count).float()
-        return means if self.gamma_c == 1 else k_means(means, len(means) // self.gamma_c, self.seed)
+        return means if self.gamma_c == 1 else k_means(means, int(len(means) / self.gamma_c), self.seed)
 
 
 class EmaBank(BankBuilder):
@@ -175,7 +176,7 @@ class EmaBank(BankBuilder):
 
     def __init__(
         self,
-        gamma_c: int,
+        gamma_c: float,
         seed: int,
         beta: float | None = None,
         broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -190,10 +191,10 @@ class EmaBank(BankBuilder):
         for image in descriptors.float():
             starts = self.state is None
             if self.state is None:
-                start = image if self.gamma_c == 1 else k_means(image, len(image) // self.gamma_c, self.seed)
+                start = image if self.gamma_c == 1 else k_means(image, int(len(image) / self.gamma_c), self.seed)
                 self.state = self.broadcast(start).to(image.device)
             if not (starts and self.is_first):
-                nearest = image[nearest_centers(self.state, image, None, k=1)[1].squeeze(1)]
+                nearest = image[nearest_centers(self.state, image, k=1)[1].squeeze(1)]
                 # 1 / 1 in a process that was handed its start: that counts in the process that made it.
                 self.state = torch.lerp(self.state, nearest, self.beta or 1 / (self.count + 1))
             self.count += 1
@@ -224,7 +225,7 @@ def k_means(points: Tensor, clusters: int, seed: int) -> Tensor:
     """
     vectors = np.ascontiguousarray(points.detach().float().cpu().numpy())
     kmeans = faiss.Kmeans(
-        vectors.shape[1], clusters, niter=25, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(vectors)
+        vectors.shape[1], clusters, niter=10, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(vectors)
     )
     kmeans.train(vectors)
     return torch.from_numpy(kmeans.centroids).to(points.device)

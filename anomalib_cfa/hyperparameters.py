@@ -17,7 +17,7 @@ def _is_positive_integer(value: object) -> bool:
 
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "gamma_c": ("an integer of at least 1", _is_positive_integer),
+    "gamma_c": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "gamma_d": ("an integer of at least 1", _is_positive_integer),
     "num_nearest_neighbors": ("an integer of at least 1", _is_positive_integer),
     "num_hard_negative_features": (
@@ -60,6 +60,10 @@ def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
         if not holds(value):
             msg = f"{name} must be {requirement}, but is {value!r}"
             raise ValueError(msg)
+    gamma_c, bank = hyperparameters.get("gamma_c", 1), hyperparameters.get("bank", "kmeans")
+    if gamma_c < 1 and bank != "kmeans":
+        msg = f"gamma_c must be at least 1 where bank is {bank!r}, which makes no more centres than T, but is {gamma_c}"
+        raise ValueError(msg)
 
 
 def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_features: int) -> None:

@@ -47,6 +47,11 @@ def test_size_depends_on_gamma_c_and_the_patches_only(kind, gamma_c, count):
     assert build(kind(gamma_c, 0), images(count)).shape == (20 // gamma_c, 6)
 
 
+@pytest.mark.parametrize(("count", "centers"), [(9, 50), (2, 40)])
+def test_k_means_gives_more_centers_than_an_image_has_patches_if_there_are_enough(count, centers):
+    assert build(KMeansBank(0.4, 0), images(count)).shape == (centers, 6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(shares=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 999))
 def test_uneven_shares_of_several_processes_merge_to_the_mean_exactly(shares, seed):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from anomalib_cfa.hyperparameters import check_hyperparameters, check_neighbors
 
 RIGHT = {
-    "gamma_c": [1, 4],
+    "gamma_c": [1, 4, 2.5, 0.25],
     "gamma_d": [1, 2],
     "num_nearest_neighbors": [1, 3],
     "num_hard_negative_features": [0, 3],
@@ -18,7 +18,7 @@ RIGHT = {
     "beta": [None, 0.1, 1],
     "descriptor_start": ["whitened", "random"],
     "score": ["calibrated", "nearest", "softmin"],
-    "search": ["exact", "pca", "ivf", "hnsw"],
+    "search": ["exact", "ivf", "hnsw"],
     "sigma": [0.5, 4],
     "lr": [1e-3],
     "weight_decay": [0, 5e-4],
@@ -26,7 +26,7 @@ RIGHT = {
     "feature_budget": [0, 1.5],
 }
 WRONG = {
-    "gamma_c": [0, -1, 1.5, "2", None, True],
+    "gamma_c": [0, -1, float("nan"), "2", None, True],
     "gamma_d": [0, -1, 1.5],
     "num_nearest_neighbors": [0, -3, 2.0],
     "num_hard_negative_features": [-1, 0.5, False],
@@ -66,6 +66,12 @@ def test_values_of_any_type_are_accepted_or_named(name, value):
         return
     with pytest.raises(ValueError, match=f"^{name} must be"):
         check_hyperparameters(**{name: value})
+
+
+def test_only_k_means_gives_more_centers_than_patches():
+    check_hyperparameters(gamma_c=0.5, bank="kmeans")
+    with pytest.raises(ValueError, match=r"gamma_c must be at least 1 where bank is 'mean', .* but is 0\.5"):
+        check_hyperparameters(gamma_c=0.5, bank="mean")
 
 
 def test_a_bank_smaller_than_its_targets_is_refused():
