@@ -72,7 +72,6 @@ def fit(task: Task) -> Result:
         "images": watch.images,
         "peak_bytes": peak_memory(),
         "centers": len(bank.centers) if task["side"] == "ours" else bank.shape[1],
-        "axes": bank.axes.shape[1] if task["side"] == "ours" else None,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 OURS, ANOMALIB = "ours", "anomalib"
 SIDES = (OURS, ANOMALIB)
-SEARCH_KINDS = ("exact", "pca", "ivf", "hnsw")
+SEARCH_KINDS = ("exact", "ivf", "hnsw")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scale:
     """
 
     rounds: int = 3
-    fit_rounds: int = 2
+    fit_rounds: int = 1
     size: int = 256
     training_images: int = 300
     epochs: int = 30
@@ -79,7 +79,7 @@ QUICK = Scale(
     inferences=(("resnet18", 128, 4),),
     repeats=10,
     growth_sizes=(64, 128),
-    growth_kinds=("pca",),
+    growth_kinds=("ivf",),
     recall_images=24,
     recall_epochs=1,
     recall_gammas=(1,),
@@ -88,8 +88,9 @@ QUICK = Scale(
 )
 
 RESNET = {"backbone": "resnet18", "gamma_c": 1}
-# Anomalib's own bank holds each position's mean, or K-means of these.
-SAME_BANK = {"bank": "mean"}
+# Anomalib's own Cfa reads no other layers, and its bank holds each position's mean, or K-means of these.
+SAME_LAYERS = {"layers": ["layer1", "layer2", "layer3"]}
+SAME_BANK = {**SAME_LAYERS, "bank": "mean"}
 
 
 def training(scale: Scale) -> Iterator[Measurement]:
@@ -112,7 +113,7 @@ def training(scale: Scale) -> Iterator[Measurement]:
             yield replace(measurement, round=number)
         kept = {**whole, "epochs": scale.epochs, "options": SAME_BANK}
         yield Measurement("training", f"kept, batch {largest}", OURS, "fit", kept, number)
-    defaults = {**whole, "gamma_c": 4, "epochs": scale.epochs}
+    defaults = {**whole, "epochs": scale.epochs}
     yield Measurement("training", f"all defaults, batch {largest}", OURS, "fit", defaults)
 
 
@@ -133,25 +134,25 @@ def k_means(scale: Scale) -> Iterator[Measurement]:
 
 
 def inference(scale: Scale) -> Iterator[Measurement]:
-    """Prediction of one image."""
+    """Prediction of one image: by the layers that anomalib's own Cfa reads, and by the default ones."""
     for backbone, size, gamma_c in scale.inferences:
-        label = f"{backbone}, {size} x {size}, gamma_c = {gamma_c}"
         settings = {"backbone": backbone, "size": size, "gamma_c": gamma_c}
-        short = {**settings, "batch_size": 4, "image_count": 16, "epochs": 1, "steps": 2}
-        for side in SIDES:
-            state = f"inference-{backbone}-{gamma_c}-{side}"
-            fitted = {**short, **_bank(gamma_c), "state": state}
-            yield Measurement("inference", f"fit, {label}", side, "fit", fitted)
+        label = f"{backbone}, {size} x {size}, gamma_c = {gamma_c}"
+        rivals = [(label, side, _bank(gamma_c)) for side in SIDES]
+        compared = [*rivals, (f"{label}, default layers", OURS, {})]
+        for name, side, options in compared:
+            short = {**settings, **options, "batch_size": 4, "image_count": 16, "epochs": 1, "steps": 2}
+            state = f"inference-{name}-{side}"
+            yield Measurement("inference", f"fit, {name}", side, "fit", {**short, "state": state})
         for number in range(scale.rounds):
-            for side in SIDES:
-                state = f"inference-{backbone}-{gamma_c}-{side}"
-                timed = {**settings, "state": state, "repeats": scale.repeats}
-                yield Measurement("inference", label, side, "inference", timed, number)
+            for name, side, options in compared:
+                timed = {**settings, **options, "state": f"inference-{name}-{side}", "repeats": scale.repeats}
+                yield Measurement("inference", name, side, "inference", timed, number)
 
 
 def _bank(gamma_c: int) -> dict[str, Any]:
-    """The default bank where it is of the default size. As large as an image has patches, its K-means takes long."""
-    return {"options": SAME_BANK} if gamma_c == 1 else {}
+    """The default bank where it is small. As large as an image has patches of stride 4, its K-means takes long."""
+    return {"options": SAME_BANK if gamma_c == 1 else SAME_LAYERS}
 
 
 def growth(scale: Scale) -> Iterator[Measurement]:
@@ -168,6 +169,7 @@ def growth(scale: Scale) -> Iterator[Measurement]:
         if scale.thorough:
             for side in SIDES:
                 timed = {**common, "state": f"growth-{size}-{side}", "repeats": 5, "warm_up": 1}
+                timed |= {"options": SAME_LAYERS}
                 yield Measurement("growth", "inference", side, "inference", timed)
     if not scale.thorough:
         return
@@ -178,7 +180,7 @@ def growth(scale: Scale) -> Iterator[Measurement]:
 def recall(scale: Scale) -> Iterator[Measurement]:
     """Recall of each index against brute force, before and after training."""
     for gamma_c in scale.recall_gammas:
-        settings = {"backbone": "resnet18", "gamma_c": gamma_c, "size": scale.size}
+        settings = {"backbone": "resnet18", "gamma_c": gamma_c, "size": scale.size, "options": SAME_LAYERS}
         trained = {**settings, "batch_size": 4, "image_count": scale.recall_images, "epochs": scale.recall_epochs}
         states = {state: f"recall-{gamma_c}-{state}" for state in ("untrained", "trained")}
         left = {"untrained": states["untrained"], "state": states["trained"]}
