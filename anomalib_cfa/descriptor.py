@@ -86,15 +86,24 @@ class PatchDescriptor(nn.Module):
         feature_weight, coordinate_weight = self.weight.split([sum(self.channels), 2], dim=1)
         feature_weight = feature_weight * self.feature_scale
         offset = self.bias - feature_weight @ self.feature_mean
-        summed = rearrange(_coordinates(height, width, offset) @ coordinate_weight.T + offset, "h w d -> 1 d h w")
-        level_weights = feature_weight.split(self.channels, dim=1)
-        for features, weight in zip(pyramid, level_weights, strict=True):
-            described = F.conv2d(features, weight[:, :, None, None])
-            if features is not pyramid[0]:
-                described = F.interpolate(described, size=(height, width), mode="bilinear", align_corners=False)
-            summed = summed + described
-        descriptors: Tensor = rearrange(summed, "b d h w -> b h w d").contiguous()
+        at_patch = _coordinates(height, width, offset) @ coordinate_weight.T + offset
+        # Channels last throughout: as a matrix product for each level, each patch's descriptor in one piece. In place,
+        # since maps of this size cost as much to allocate as to add.
+        finest, *coarser = (
+            F.linear(rearrange(features, "b c h w -> b h w c"), weight)
+            for features, weight in zip(pyramid, feature_weight.split(self.channels, dim=1), strict=True)
+        )
+        descriptors: Tensor = finest.add_(at_patch)
+        for level in coarser:
+            descriptors.add_(_resize(level, height, width))
         return descriptors
+
+
+def _resize(maps: Tensor, height: int, width: int) -> Tensor:
+    """Resize channels-last maps of shape (B, h_l, w_l, D) bilinearly to (B, height, width, D)."""
+    maps = rearrange(maps, "b h w d -> b d h w")
+    resized = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
+    return rearrange(resized, "b d h w -> b h w d")
 
 
 def _coordinates(height: int, width: int, like: Tensor) -> Tensor:

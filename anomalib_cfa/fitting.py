@@ -45,19 +45,21 @@ def build_memory_bank(model: CfaModel, features: TrainingFeatures, strategy: Str
     processes, process = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
     builder = model.bank_builder(strategy.broadcast, processes, process)
     for pyramid in features.pyramids("Building the memory bank"):
-        descriptors = model.describe(pyramid).flatten(1, 2)
-        _check_patches(model, descriptors.shape[1])
-        builder.update(descriptors)
+        for block in model.blocks(pyramid):
+            descriptors = model.describe(block).flatten(1, 2)
+            _check_patches(model, descriptors.shape[1])
+            builder.update(descriptors)
     builder.merge(total)
     # K-means need not round alike on all machines.
     model.assign_bank(strategy.broadcast(builder.centers()).to(model.descriptor.weight.device))
 
     for pyramid in features.pyramids("Calibrating the score", most=_IMAGES_FOR_CALIBRATION):
-        squared, indices = model.memory_bank.nearest(model.describe(pyramid), k=1)
-        model.calibration.update(squared.sqrt(), indices)
+        for block in model.blocks(pyramid):
+            squared, indices = model.memory_bank.nearest(model.describe(block), k=1)
+            model.calibration.update(squared.sqrt(), indices)
     model.calibration.finish(total)
     logger.info("Built the memory bank: %d centres from %d images", len(model.memory_bank.centers), builder.count)
 
 
 def _check_patches(model: CfaModel, patches: int) -> None:
-    check_neighbors(patches // model.gamma_c, model.num_nearest_neighbors, model.num_hard_negative_features)
+    check_neighbors(int(patches / model.gamma_c), model.num_nearest_neighbors, model.num_hard_negative_features)

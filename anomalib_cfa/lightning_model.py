@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from anomalib_cfa import pre_processing
+from anomalib_cfa.blockwise import sum_over_blocks
 from anomalib_cfa.checkpoint import check_checkpoint
 from anomalib_cfa.export import CfaExport
 from anomalib_cfa.fitting import build_memory_bank
@@ -42,7 +43,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
 
     Args:
         backbone: A timm model by its name, with or without tag.
-        gamma_c: The memory bank holds T / gamma_c centres, T being the patches of an image.
+        gamma_c: The memory bank holds T / gamma_c centres, T being the patches of an image. Below 1 it holds more than
+            an image has patches, which K-means alone can do.
         gamma_d: A patch descriptor has as many channels as the chosen layers together, divided by gamma_d.
         num_nearest_neighbors: K, the nearest centres that attract a patch, and by which it is scored.
         num_hard_negative_features: J, the centres behind them that repel it.
@@ -52,7 +54,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         post_processor: Anomalib's, or True for its default.
         evaluator: Anomalib's, or True for :meth:`configure_evaluator`.
         visualizer: Anomalib's, or True for its default.
-        layers: Layers of the backbone to take features from. None: those of the paper, or strides 4, 8 and 16.
+        layers: Layers of the backbone to take features from. None: those of strides 8 and 16, a
+            ResNet's ``layer2`` and ``layer3``. The paper's are ``layer1`` to ``layer3``.
         pre_trained: Whether the backbone starts with ImageNet weights: timm's, from its cache or the hub.
         weights_path: A local file to take them from instead, ``.safetensors`` or ``.pth``.
         bank: How the centres are made: ``"kmeans"`` over patches of all images; the ``"mean"`` of each position, as the
@@ -63,7 +66,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         learn_radius: Whether the radius is trained with the descriptor.
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
         nu: The loss is multiplied by 1 / nu.
-        search: Finds the targets of attraction and repulsion: ``"exact"``, ``"pca"``, ``"ivf"`` or ``"hnsw"``.
+        search: Finds the targets of attraction and repulsion: ``"exact"``, ``"ivf"`` or ``"hnsw"``.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
@@ -87,7 +90,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
-        gamma_c: int = 4,
+        gamma_c: float = 1,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
@@ -105,7 +108,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         learn_radius: bool = True,
         alpha: float = 0.1,
         nu: float = 1e-3,
-        search: str = "pca",
+        search: str = "ivf",
         lr: float = 1e-3,
         weight_decay: float = 5e-4,
         score: str = "calibrated",
@@ -278,22 +281,31 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         """
         del args, kwargs
         assert self._features is not None
-        squared, indices = self.model.targets(self._features.pyramid(batch))
-        self.model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
-        attraction, repulsion = self.loss(squared, self.model.radius)
-        loss: Tensor = attraction + repulsion
+        pyramid = self._features.pyramid(batch)
+        terms = torch.zeros(2, device=self.device)
+
+        def loss_of(block: list[Tensor]) -> Tensor:
+            squared, indices = self.model.targets(block)
+            self.model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
+            share = len(squared) / len(pyramid[0])
+            attraction_and_repulsion = share * torch.stack(self.loss(squared, self.model.radius))
+            terms.add_(attraction_and_repulsion.detach())
+            return attraction_and_repulsion.sum()
+
+        loss = sum_over_blocks(loss_of, self.model.blocks(pyramid), self.model.trained_parameters())
         if not torch.isfinite(loss):
             msg = (
                 f"The loss is {loss.item()}: the images or the features hold nan or infinite values, or lr is too high"
             )
             raise ValueError(msg)
+        attraction, repulsion = terms
         logged = {"loss": loss, "attraction": attraction, "repulsion": repulsion, "radius": self.model.radius}
         self.log_dict(
             {f"train_{name}": value.detach() for name, value in logged.items()},
             on_step=False,
             on_epoch=True,
             prog_bar=True,
-            batch_size=len(squared),
+            batch_size=len(pyramid[0]),
         )
         return loss
 
@@ -317,9 +329,11 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with AMSGrad, the authors' optimizer, for the descriptor and the radius: the backbone is frozen."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(
-            trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], amsgrad=True
+            self.model.trained_parameters(),
+            lr=self.hparams["lr"],
+            weight_decay=self.hparams["weight_decay"],
+            amsgrad=True,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The network of CFA, free of Lightning: images -> patch descriptors -> distances to the memory bank -> anomaly map."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,10 @@ from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.memory_bank import MemoryBank
 from anomalib_cfa.patch_features import PatchFeatures
+
+# Of a block's patch descriptors: what a CPU's caches hold, or what an accelerator's memory can spare.
+_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES_ON_ACCELERATOR = 2**30
 
 
 class CfaModel(nn.Module):
@@ -36,7 +40,7 @@ class CfaModel(nn.Module):
         pre_trained: bool = True,
         weights_path: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
-        gamma_c: int = 4,
+        gamma_c: float = 1,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
@@ -44,7 +48,7 @@ class CfaModel(nn.Module):
         learn_radius: bool = True,
         bank: str = "kmeans",
         beta: float | None = None,
-        search: str = "pca",
+        search: str = "ivf",
         score: str = "calibrated",
         sigma: float = 4.0,
         seed: int = 0,
@@ -116,6 +120,24 @@ class CfaModel(nn.Module):
         descriptors: Tensor = self.descriptor(pyramid)
         return descriptors
 
+    def trained_parameters(self) -> list[Tensor]:
+        """What training changes: the patch descriptor and, if it is learned, the radius."""
+        return [parameter for parameter in (*self.descriptor.parameters(), self.radius) if parameter.requires_grad]
+
+    def blocks(self, pyramid: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Split a batch into blocks of as many images as are fast to describe at a time, one at least.
+
+        Args:
+            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Yields:
+            The same of some of the images.
+        """
+        finest = pyramid[0]
+        held = _BLOCK_BYTES if finest.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
+        images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
+        return map(list, zip(*(level.split(images) for level in pyramid), strict=True))
+
     def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
 
@@ -146,11 +168,17 @@ class CfaModel(nn.Module):
         Raises:
             ValueError: If a distance is not finite.
         """
-        neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
-        if not torch.compiler.is_compiling() and not torch.isfinite(squared).all():
+        if torch.compiler.is_compiling():
+            return self._block_scores(pyramid)
+        scores = torch.cat([self._block_scores(block) for block in self.blocks(pyramid)])
+        if not torch.isfinite(scores).all():
             msg = "The images must hold finite values only, but lead to nan or infinite distances"
             raise ValueError(msg)
+        return scores
+
+    def _block_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
+        neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
+        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
         distances = squared.sqrt()
         if self.score == "softmin":
             return softmin_scores(distances)
