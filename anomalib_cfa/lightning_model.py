@@ -33,7 +33,7 @@ from anomalib_cfa.training_features import TrainingFeatures
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 10
+DEFAULT_EPOCHS = 3
 
 
 class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib's own mixin
@@ -67,7 +67,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
         nu: The loss is multiplied by 1 / nu.
         search: Finds the targets of attraction and repulsion: ``"exact"``, ``"ivf"`` or ``"hnsw"``.
-        lr: Learning rate of AdamW.
+        lr: Learning rate of AdamW. From a random start the authors take 1e-3.
         weight_decay: Weight decay of AdamW.
         score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
             usual for normal patches there; or the paper's, weighted by its ``"softmin"`` among the K nearest.
@@ -109,7 +109,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         alpha: float = 0.1,
         nu: float = 1e-3,
         search: str = "ivf",
-        lr: float = 1e-3,
+        lr: float = 1e-4,
         weight_decay: float = 5e-4,
         score: str = "calibrated",
         sigma: float = 4.0,
