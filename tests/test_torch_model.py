@@ -1,0 +1,101 @@
+import plain
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_cfa.blockwise import sum_over_blocks
+from anomalib_cfa.loss import CfaLoss
+from anomalib_cfa.torch_model import CfaModel
+
+BACKBONES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
+
+
+def built(backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, **options: object) -> CfaModel:
+    """A model with a memory bank of some random images."""
+    generator = torch.Generator().manual_seed(seed)
+    model = CfaModel(backbone, pre_trained=False, image_size=size, sigma=1.0, seed=seed, **options)
+    builder = model.bank_builder()
+    with torch.no_grad():
+        builder.update(model.describe(model.pyramid(torch.randn(images, 3, *size, generator=generator))).flatten(1, 2))
+    model.assign_bank(builder.centers())
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    backbone=st.sampled_from(BACKBONES),
+    size=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    batch=st.integers(1, 3),
+    layers=st.sampled_from([None, "all"]),
+    radius=st.floats(0, 1),
+    search=st.sampled_from(["exact", "ivf"]),
+    seed=st.integers(0, 2**10),
+)
+def test_a_step_is_that_of_the_plain_formula(backbone, size, batch, layers, radius, search, seed):
+    if backbone == "test_vit":  # takes images of its own size only
+        size, layers = (5, 5), None
+    height, width = (32 * side for side in size)
+    every = {"test_resnet": ["layer1", "layer2", "layer3"], "test_efficientnet": ["blocks.0.0", "blocks.2.0"]}
+    chosen = every.get(backbone) if layers == "all" else None
+    options = {"layers": chosen, "radius": radius, "search": search, "gamma_c": 1, "bank": "mean"}
+    model = built(backbone, (height, width), seed, **options).train()
+    k, j = 2, min(2, len(model.memory_bank.centers) - 2)
+    model.num_nearest_neighbors, model.num_hard_negative_features = k, j
+    loss = CfaLoss(k, j, alpha=0.1, nu=1.0)
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed + 1))
+    pyramid = model.pyramid(images)
+
+    def compute(block: list[torch.Tensor]) -> torch.Tensor:
+        return len(block[0]) / batch * sum(loss(model.targets(block)[0], model.radius))
+
+    parameters = model.trained_parameters()
+    value = sum_over_blocks(compute, [[level[i : i + 1] for level in pyramid] for i in range(batch)], parameters)
+    gradients = torch.autograd.grad(value, parameters)
+
+    double = [parameter.detach().double().requires_grad_() for parameter in parameters]
+    described = plain.describe([level.double() for level in pyramid], *double[:2])
+    squared = plain.squared_distances(described, model.memory_bank.centers.double(), k + j)
+    expected = plain.loss(squared, double[2], k, j, alpha=0.1, nu=1.0)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-7)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, double), strict=True):
+        scale = theirs.abs().max().item() + 1e-6
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("score", ["nearest", "softmin"])
+def test_scores_do_not_cancel_once_the_loss_is_near_zero(score):
+    model = built("test_resnet", (64, 64), bank="mean", score=score, images=1).train()
+    pyramid = model.pyramid(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad():  # features far from the origin, in comparison with which distances are small
+        model.descriptor.bias += 3
+        model.assign_bank(model.describe(pyramid).flatten(0, 2))
+        model.descriptor.weight += 1e-4 * torch.randn(
+            model.descriptor.weight.shape, generator=torch.Generator().manual_seed(6)
+        )
+    loss, start = CfaLoss(3, 3, nu=1.0), None
+    optimizer = torch.optim.AdamW(model.trained_parameters(), lr=1e-5)
+    for _ in range(20):
+        value = sum(loss(model.targets(pyramid)[0], model.radius))
+        start = start or value.item()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert value < start
+    model.eval()
+    double = [parameter.detach().double() for parameter in model.descriptor.parameters()]
+    described = plain.describe([level.double() for level in pyramid], *double)
+    squared = plain.squared_distances(described, model.memory_bank.centers.double(), 3)
+    expected = squared[..., 0].sqrt() if score == "nearest" else plain.scores(squared)
+    assert expected.max() < 0.01 * described.norm(dim=-1).min()
+    torch.testing.assert_close(model.patch_scores(pyramid).double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_batch_is_scored_image_by_image(monkeypatch):
+    model = built("test_resnet", (64, 64)).eval()
+    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    whole = model(images)
+    monkeypatch.setattr("anomalib_cfa.torch_model._BLOCK_BYTES", 1)
+    for ours, theirs in zip(model(images), whole, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs)
