@@ -4,9 +4,9 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.pre_processing import PreProcessor
-from anomalib.pre_processing.utils.transform import convert_center_crop_transform
 from torch import nn
 from torchvision.transforms import v2
 
@@ -16,11 +16,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class SizedCenterCrop(ExportableCenterCrop):
+    """Anomalib's crop, whose size an exported graph knows: torch 2.10 does not find it out, and fails."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Crop one input: the method that torchvision's transforms override."""
+        cropped = super().transform(inpt, params)
+        return cropped.reshape(*cropped.shape[:-2], *self.size) if torch.compiler.is_exporting() else cropped
+
+
 def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
     """A copy of a transform that exports as it runs.
 
-    Each ``Resize`` becomes an :class:`ExportableResize`, and each ``CenterCrop`` anomalib's own exportable one, also
-    inside of ``Compose``; all others stay.
+    Each ``Resize`` becomes an :class:`ExportableResize`, and each ``CenterCrop`` one that builds on anomalib's own
+    exportable one, also inside of ``Compose``; all others stay.
 
     Args:
         transform: The transform to copy, or None.
@@ -30,12 +39,14 @@ def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
     """
     if transform is None:
         return None
-    return convert_center_crop_transform(_with_exportable_resize(copy.deepcopy(transform)))
+    return _exportable(copy.deepcopy(transform))
 
 
-def _with_exportable_resize(transform: v2.Transform) -> v2.Transform:
+def _exportable(transform: v2.Transform) -> v2.Transform:
     if isinstance(transform, v2.Compose):
-        transform.transforms = [_with_exportable_resize(part) for part in transform.transforms]
+        transform.transforms = [_exportable(part) for part in transform.transforms]
+    elif isinstance(transform, v2.CenterCrop | ExportableCenterCrop):
+        return SizedCenterCrop(transform.size)
     # A subclass that resizes in its own way has no known weights.
     elif isinstance(transform, v2.Resize) and type(transform).transform is v2.Resize.transform:
         return ExportableResize(transform.size, transform.interpolation, transform.max_size, transform.antialias)
@@ -102,6 +113,7 @@ _DETERMINISTIC_TRANSFORMS = frozenset(
     {
         ExportableCenterCrop,
         ExportableResize,
+        SizedCenterCrop,
         SquarePad,
         v2.CenterCrop,
         v2.ConvertImageDtype,

@@ -63,7 +63,12 @@ def test_outside_of_a_graph_it_is_torchvisions_resize(interpolation: Any) -> Non
     exportable = ExportableResize((64, 48), interpolation=interpolation)
     image = tv_tensors.Image(torch.rand(3, 100, 130))
     mask = tv_tensors.Mask(torch.rand(100, 130) > 0.5)
-    for ours, theirs in zip(exportable(image, mask), plain(image, mask), strict=True):
+    try:
+        expected = plain(image, mask)
+    except ValueError:
+        assert isinstance(interpolation, str)
+        pytest.skip("this torchvision takes no interpolation by its name")
+    for ours, theirs in zip(exportable(image, mask), expected, strict=True):
         assert type(ours) is type(theirs)
         assert torch.equal(ours, theirs)
     grey = torch.randint(0, 256, (3, 100, 130), dtype=torch.uint8)
