@@ -30,6 +30,7 @@ from anomalib_cfa.kept_features import IndexedBatch
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training_features import TrainingFeatures
+from anomalib_cfa.whole_file import write_whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         if stage == TrainerFn.FITTING:
             seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
             self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
+            write_whole_files(self.trainer.strategy)
 
     def teardown(self, stage: str) -> None:
         """Give the data module back as it was, and forget the kept features."""

@@ -1,0 +1,42 @@
+"""A Cfa of a tiny backbone with random weights, fitted without a trainer: thousands of cases take minutes."""
+
+import torch
+from torch import Tensor
+
+from anomalib_cfa import Cfa
+from anomalib_cfa.hyperparameters import check_neighbors
+
+
+def tiny_cfa(**arguments) -> Cfa:
+    """A Cfa of timm's smallest ResNet with random weights, for images of 64 x 64 pixels."""
+    defaults = {"backbone": "test_resnet.r160_in1k", "pre_trained": False, "image_size": 64, "visualizer": False}
+    return Cfa(**(defaults | arguments))
+
+
+@torch.no_grad()
+def fit_to_noise(model: Cfa, images: int = 4) -> Cfa:
+    """Give a model what a fit gives it, from random images: a memory bank, its calibration, range and thresholds."""
+    network = model.model.eval()
+    size = model.input_size or (64, 64)
+    pyramid = network.pyramid(noise(images, *size))
+    patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
+    check_neighbors(patches // network.gamma_c, network.num_nearest_neighbors, network.num_hard_negative_features)
+    builder = network.bank_builder()
+    builder.update(network.describe(pyramid).flatten(1, 2))
+    network.assign_bank(builder.centers())
+    squared, indices = network.memory_bank.nearest(network.describe(pyramid), 1)
+    network.calibration.restart()
+    network.calibration.update(squared.sqrt(), indices)
+    network.calibration.finish()
+    values = network(noise(images, *size, seed=1))
+    post = model.post_processor
+    for name, scores in (("image", values.pred_score), ("pixel", values.anomaly_map)):
+        getattr(post, f"{name}_min").copy_(scores.min())
+        getattr(post, f"{name}_max").copy_(scores.max() + 1)
+        getattr(post, f"_{name}_threshold").copy_(scores.mean())
+    return model.eval()
+
+
+def noise(images: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Random images of shape (images, 3, height, width) in [0, 1]."""
+    return torch.rand(images, 3, height, width, generator=torch.Generator().manual_seed(seed))
