@@ -41,9 +41,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "lr": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "weight_decay": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
-    "seed": (
-        "an integer of at least 0",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "seed": (  # FAISS takes no larger one
+        "an integer of at least 0 and below 2^31",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31,
     ),
     "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
 }
@@ -81,6 +81,6 @@ def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_
         raise ValueError(msg)
 
 
-def plain_list(values: Sequence[Any] | None) -> list[Any] | None:
-    """A plain list of what may be a tuple or OmegaConf's list, which no checkpoint may hold."""
-    return None if values is None else list(values)
+def plain_list(values: Any) -> Any:  # noqa: ANN401
+    """A plain list of what may be a tuple or OmegaConf's list, which no checkpoint may hold; all else as it is."""
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else values

@@ -141,12 +141,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         # Lightning saves these locals as hyper-parameters, and a checkpoint may hold plain data only.
         layers = plain_list(layers)
         weights_path = None if weights_path is None else str(weights_path)
-        image_size = image_size if image_size is None or isinstance(image_size, int) else plain_list(image_size)
-        center_crop_size = (
-            center_crop_size
-            if center_crop_size is None or isinstance(center_crop_size, int)
-            else plain_list(center_crop_size)
-        )
+        image_size, center_crop_size = plain_list(image_size), plain_list(center_crop_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size, center_crop_size)
         elif image_size is not None or center_crop_size is not None:
