@@ -1,6 +1,7 @@
 """Prepares the training images' loader: its order, and whether the images' features can be kept across epochs."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from anomalib_cfa.kept_features import FeatureStore, IndexedDataset
 from anomalib_cfa.pre_processing import is_deterministic
 
 logger = logging.getLogger(__name__)
+
+_CLIPPED_MODES = (
+    "I",
+    "F",
+)  # of 16 and 32 bits; conversion to RGB, as anomalib's reader does it, makes 255 of all above
 
 
 def training_loader(
@@ -157,8 +163,8 @@ def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> No
     """Check the training images of an anomalib data set before any work starts.
 
     Raises:
-        ValueError: If there is none, one is anomalous, or they differ in size and nothing brings them to one size:
-            anomalib's collate function would quietly resize them to each other.
+        ValueError: If there is none, one is anomalous or has more than 8 bits per channel, or they differ in size and
+            nothing brings them to one size: anomalib's collate function would quietly resize them to each other.
     """
     dataset = loader.dataset
     if not isinstance(dataset, AnomalibDataset):
@@ -169,13 +175,23 @@ def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> No
     if dataset.has_anomalous:
         msg = f"The training data must hold normal images only, but {type(dataset).__name__} has anomalous ones"
         raise ValueError(msg)
-    if _resizes(dataset.augmentations) or _resizes(getattr(pre_processor, "transform", None)):
-        return
+    resizes = _resizes(dataset.augmentations) or _resizes(getattr(pre_processor, "transform", None))
+    _check_files(dataset.samples.image_path, of_any_size=resizes)
+
+
+def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
     sizes: dict[tuple[int, int], str] = {}
-    for path in dataset.samples.image_path:
+    for path in paths:
         with Image.open(path) as image:
             sizes.setdefault(image.size, path)
-        if len(sizes) > 1:
+            mode = image.mode
+        if mode.startswith(_CLIPPED_MODES):
+            msg = (
+                "The training images must have 8 bits per channel, since anomalib's reader clips larger values, but "
+                f"{path} is of Pillow's mode {mode!r}: convert the images, those to be tested alike"
+            )
+            raise ValueError(msg)
+        if len(sizes) > 1 and not of_any_size:
             (first, first_path), (second, second_path) = sizes.items()
             msg = (
                 "pre_processor must resize the images to one size, since they differ: "

@@ -3,6 +3,7 @@ import logging
 import pickle
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
@@ -293,6 +294,19 @@ def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
     model = tiny(pre_processor=PreProcessor(v2.Normalize([0.5] * 3, [0.5] * 3)), image_size=None)
     with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_images_that_anomalibs_reader_would_clip_are_refused(tmp_path, dtype):
+    from PIL import Image
+
+    for folder in ("good", "bad"):
+        (tmp_path / folder).mkdir()
+        for number in range(4):
+            Image.fromarray(np.full((64, 64), 1000, dtype)).save(tmp_path / folder / f"{number}.tiff")
+    datamodule = Folder("deep", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
+    with pytest.raises(ValueError, match=r"must have 8 bits per channel, .* is of Pillow's mode '[IF]"):
+        engine(tmp_path).fit(tiny(), datamodule=datamodule)
 
 
 def test_sizes_beside_a_pre_processor_are_refused():
