@@ -96,7 +96,7 @@ def assign_weights(network: nn.Module, state: Mapping[str, Tensor], source: str)
         source: Where the weights come from, for the error's message.
 
     Raises:
-        ValueError: If weights are missing, of another shape (listing the first such keys), nan or infinite.
+        ValueError: If weights are missing, of another shape or kind (listing the first such keys), nan or infinite.
     """
     matched, wrong = {}, []
     for key, wanted in network.state_dict().items():
@@ -107,6 +107,8 @@ def assign_weights(network: nn.Module, state: Mapping[str, Tensor], source: str)
                 wrong.append(f"{name} is missing")
         elif found.shape != wanted.shape:
             wrong.append(f"{name} has shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+        elif found.layout != torch.strided or found.is_complex():
+            wrong.append(f"{name} is sparse or complex")
         elif not torch.isfinite(found).all():
             wrong.append(f"{name} holds nan or infinite values")
         else:

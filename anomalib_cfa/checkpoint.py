@@ -3,8 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # What the shapes of the weights, or the meaning of the bank, depend on.
 _STRUCTURE = ("backbone", "layers", "gamma_c", "gamma_d", "num_nearest_neighbors", "num_hard_negative_features")
+
+# Buffers take whatever size a checkpoint brings, but these must agree: N centres of D channels. None: any number.
+_SIZES: dict[str, tuple[str | None, ...]] = {
+    "model.descriptor.weight": ("D", None),
+    "model.memory_bank.centers": ("N", "D"),
+    "model.memory_bank.axes": ("D", None),
+    "model.calibration.mean": ("N",),
+    "model.calibration.deviation": ("N",),
+}
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> None:
@@ -15,7 +27,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], hyperparameters: Mapping[str
         hyperparameters: The model's own.
 
     Raises:
-        ValueError: If it was not, naming what differs and what to do.
+        ValueError: If it was not, naming what differs and what to do; or if its weights are damaged.
     """
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
@@ -38,3 +50,41 @@ def check_checkpoint(checkpoint: Mapping[str, Any], hyperparameters: Mapping[str
                 f"{hyperparameters.get(name)!r}; on the command line: --model.{name} {saved[name]}"
             )
             raise ValueError(msg)
+    _check_values(state)
+    if _is_built(state):
+        _check_sizes(state)
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        if not name.startswith("model."):
+            continue  # thresholds, for one, are nan until they are chosen
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            msg = f"The checkpoint must hold tensors, but its {name} is of type {type(value).__name__}: it is damaged"
+            raise ValueError(msg)
+        if not torch.isfinite(value).all():
+            msg = f"The checkpoint must hold finite values, but its {name} has nan or infinite ones: it is damaged"
+            raise ValueError(msg)
+    if not state.get("model.calibration.deviation", torch.ones(1)).gt(0).all():
+        msg = "The checkpoint must hold deviations above 0, but some in model.calibration.deviation are not"
+        raise ValueError(msg)
+
+
+def _is_built(state: Mapping[str, Any]) -> bool:
+    return bool(state["model.memory_bank.centers"].numel())
+
+
+def _check_sizes(state: Mapping[str, Any]) -> None:
+    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the first tensor that has it
+    for name, letters in _SIZES.items():
+        shape = tuple(state[name].shape) if name in state else ()
+        if len(shape) != len(letters):
+            msg = f"The checkpoint's {name} must have {len(letters)} dimensions, but has {len(shape)}: it is damaged"
+            raise ValueError(msg)
+        for letter, size in zip(letters, shape, strict=True):
+            if letter is None:
+                continue
+            wanted, source = sizes.setdefault(letter, (size, name))
+            if size != wanted:
+                msg = f"The checkpoint's {name} has shape {shape}, which does not fit its {source}: it is damaged"
+                raise ValueError(msg)
