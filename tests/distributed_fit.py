@@ -1,5 +1,6 @@
-"""Fits a tiny Cfa on several CPU processes; a script, which Lightning's launcher starts once for each process."""
+"""Fits and tests a tiny Cfa on several CPU processes; a script, which Lightning's launcher starts for each process."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,36 +14,76 @@ from anomalib_cfa import Cfa
 
 
 class Record(Callback):
-    """Saves each process's bank, losses and weights; ends one process if asked to."""
+    """Saves each process's losses, weights and metrics, and how much the bank's parts sum over processes."""
 
-    def __init__(self, folder: Path, dies: int | None) -> None:
-        self.folder, self.dies, self.losses = folder, dies, []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses: list[torch.Tensor] = []
+        self.summed: list[int] = []
+
+    def setup(self, trainer, model, stage):
+        if stage != "fit":
+            return
+        (self.folder / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
+        reduce = trainer.strategy.reduce
+
+        def count(tensor, *args, **kwargs):
+            self.summed.append(tensor.nbytes if isinstance(tensor, torch.Tensor) else 0)
+            return reduce(tensor, *args, **kwargs)
+
+        trainer.strategy.reduce = count
+
+    def on_train_start(self, trainer, model):
+        del trainer.strategy.reduce
 
     def on_train_batch_end(self, trainer, model, outputs, batch, index):
-        if trainer.global_rank == self.dies:
-            os._exit(7)
         self.losses.append(outputs["loss"].detach())
 
     def on_train_end(self, trainer, model):
         state = {"losses": torch.stack(self.losses), **model.model.state_dict()}
         torch.save(state, self.folder / f"rank{trainer.global_rank}.pt")
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"summed": self.summed}))
 
 
-def main(root: str, folder: str, processes: str, bank: str, dies: str) -> None:
-    """Fit with a global batch of 6 images."""
+class Die(Callback):
+    """Ends one process, while the others go on: at the first step, or in the middle of building the bank."""
+
+    def __init__(self, rank: int, at: str) -> None:
+        self.rank, self.at = rank, at
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, index):
+        if self.at == "step" and trainer.global_rank == self.rank:
+            os._exit(7)
+
+    def setup(self, trainer, model, stage):
+        if self.at == "bank" and trainer.global_rank == self.rank:
+            model.model.bank_builder = lambda *args: os._exit(7)
+
+
+def main(root: str, folder: str, processes: str, options: str) -> None:
+    """Fit with a global batch of 6 images, then test with the checkpoint that it wrote."""
     torch.set_num_threads(1)
-    model = Cfa("test_resnet.r160_in1k", pre_trained=False, image_size=64, visualizer=False, bank=bank)
-    datamodule = MVTecAD(root, category="tile", train_batch_size=6 // int(processes), eval_batch_size=4, num_workers=0)
-    Engine(
+    arguments = json.loads(options)
+    dies = arguments.pop("dies", None)
+    model = Cfa("test_resnet.r160_in1k", pre_trained=False, image_size=64, visualizer=False, **arguments)
+    datamodule = MVTecAD(root, category="tile", train_batch_size=6 // int(processes), eval_batch_size=2, num_workers=0)
+    engine = Engine(
         max_epochs=2,
         accelerator="cpu",
         devices=int(processes),
         strategy="ddp" if int(processes) > 1 else "auto",
         logger=False,
         enable_progress_bar=False,
-        default_root_dir=folder,
-        callbacks=[Record(Path(folder), int(dies) if dies != "none" else None)],
-    ).fit(model, datamodule=datamodule)
+        # Of each process's own: anomalib numbers runs without regard to other processes that do so at the moment.
+        default_root_dir=Path(folder) / os.environ.get("LOCAL_RANK", "0"),
+        callbacks=[Record(Path(folder)), *([Die(*dies)] if dies else [])],
+    )
+    engine.fit(model, datamodule=datamodule)
+    (metrics,) = engine.test(model, datamodule=datamodule)
+    if engine.trainer.is_global_zero:
+        (Path(folder) / "metrics.json").write_text(json.dumps(metrics))
+        checkpoint = engine.trainer.checkpoint_callback.best_model_path
+        (Path(folder) / "checkpoint").write_text(str(checkpoint))
 
 
 if __name__ == "__main__":
