@@ -2,12 +2,13 @@
 
 import re
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from anomalib_cfa import compatibility
 from anomalib_cfa.compatibility import SUPPORTED, check_versions
@@ -29,6 +30,24 @@ def test_pip_is_told_the_same_ranges(project: dict[str, Any]) -> None:
     assert {name: required[name] for name in SUPPORTED} == {
         name: Requirement(f"{name}{range_}").specifier for name, range_ in SUPPORTED.items()
     }
+
+
+def constrained(name: str) -> dict[str, Version]:
+    lines = (Path(__file__).parents[1] / "constraints" / name).read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {package: Version(version) for package, version in pairs}
+
+
+def test_the_constraints_are_the_lower_ends_of_the_ranges_and_versions_within(project: dict[str, Any]) -> None:
+    oldest, tested = constrained("oldest.txt"), constrained("tested.txt")
+    for requirement in map(Requirement, project["dependencies"]):
+        (lowest,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
+        assert oldest[requirement.name].release[: len(lowest.release)] == lowest.release
+        assert tested[requirement.name] in requirement.specifier
+
+
+def test_others_find_the_types() -> None:
+    assert (resources.files("anomalib_cfa") / "py.typed").is_file()
 
 
 def test_the_extras_mirror_those_of_anomalib(project: dict[str, Any]) -> None:
