@@ -15,10 +15,10 @@ def build_model(task: dict[str, Any]) -> Any:  # noqa: ANN401 - one of two class
     size, weights = (task["size"], task["size"]), task.get("weights_path")
     settings: dict[str, Any] = {
         "backbone": task["backbone"],
-        "gamma_c": task["gamma_c"],
         "pre_processor": Cfa.configure_pre_processor(size),
         "evaluator": False,
         "visualizer": False,
+        **({"gamma_c": task["gamma_c"]} if "gamma_c" in task else {}),
     }
     if task["side"] == "ours":
         settings |= {"pre_trained": weights is not None, "weights_path": weights, **task.get("options", {})}
