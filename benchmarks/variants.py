@@ -59,7 +59,7 @@ def _layers(epochs: tuple[int, ...]) -> list[Variant]:
     ]
 
 
-_TRAINING = Variant("batch 32, lr=1e-3", epochs=MORE)
+_TRAINING = Variant("batch 32, lr=1e-3", {"lr": 1e-3}, MORE)
 GROUPS: dict[str, list[Variant]] = {
     "layers": _layers(UNTRAINED),
     "layers, trained": _layers((1, 3)),
