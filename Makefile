@@ -8,11 +8,12 @@ CONSTRAINTS ?=
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
-.PHONY: help demo test compatibility lint types pytest clean
+.PHONY: help demo test soak compatibility lint types pytest clean
 
 help:
 	@echo "make demo [WEIGHTS=FILE]  train on rendered images, export to OpenVINO, draw heat maps"
 	@echo "make test                 ruff, mypy and pytest (or one of: make lint, make types, make pytest)"
+	@echo "make soak                 the long form of the tests that fuzz, kill and repeat: thousands of cases"
 	@echo "make compatibility        pytest with the oldest and the newest supported versions, in new environments"
 	@echo "make clean                remove the virtual environment, caches and results"
 
@@ -30,6 +31,10 @@ types: $(stamp)
 
 pytest: $(stamp)
 	$(bin)/python -m pytest
+
+soak: $(stamp)
+	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s \
+		tests/test_interruption.py tests/test_hostile_*.py tests/test_long_life.py tests/test_distributed.py
 
 # Both ends of the supported ranges, each in a new environment of its own.
 compatibility:
