@@ -1,8 +1,11 @@
 """Scores of patches -> anomaly map and score of the image."""
 
+import torch
 from anomalib.models.components.filters.blur import GaussianBlur2d, compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cfa.resize import resize_weights
 
 
 def softmin_scores(distances: Tensor) -> Tensor:
@@ -45,6 +48,13 @@ class AnomalyMapGenerator(nn.Module):
         )
         self.min_image_size = taps // 2 + 1  # the blur reflects at the border
 
+    @property
+    def kernel(self) -> Tensor:
+        """The Gaussian along one axis, of shape (taps,)."""
+        first = self.blur[0]
+        assert isinstance(first, GaussianBlur2d)
+        return first.kernel.flatten()
+
     def forward(self, scores: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Make the anomaly map.
 
@@ -58,3 +68,28 @@ class AnomalyMapGenerator(nn.Module):
         anomaly_map = F.interpolate(scores[:, None], size=image_size, mode="bilinear", align_corners=False)
         smoothed: Tensor = self.blur(anomaly_map)
         return smoothed
+
+
+def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
+    """Weights that do along one axis what :class:`AnomalyMapGenerator` does: resize, and smooth with a kernel.
+
+    Args:
+        size: Patches along the axis; may be symbolic, as ``new_size``.
+        new_size: Pixels wanted, more than half of the kernel.
+        kernel: A symmetric kernel of an odd number of taps.
+
+    Returns:
+        Weights of shape (size, new_size), to be multiplied from the right.
+    """
+    radius = len(kernel) // 2
+    decay = F.pad(kernel[radius:], (0, 1))[:, None]
+    new_pixel = torch.arange(new_size, device=kernel.device)
+    pixel, last = new_pixel[:, None], new_size - 1
+
+    def taps(offsets: Tensor) -> Tensor:
+        return F.embedding(offsets.abs().clamp(max=radius + 1), decay)[..., 0]
+
+    # Beyond its ends the axis is mirrored, without repeating the last pixel.
+    smooth = taps(new_pixel - pixel)
+    smooth = smooth + taps(new_pixel + pixel) * (pixel > 0) + taps(new_pixel + pixel - 2 * last) * (pixel < last)
+    return resize_weights(size, new_size, antialias=False, device=kernel.device).T @ smooth

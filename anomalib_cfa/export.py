@@ -14,11 +14,13 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
 
+from anomalib_cfa.exported_head import ExportedModel
 from anomalib_cfa.openvino_graph import keep_float32, module_names, outside_of, use_native_resize
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.quantization import check_compression, compress
+from anomalib_cfa.resize import ExportableInterpolation
 
-_BACKBONE = "model.patch_features"
+_BACKBONE = "model.patch_features.network"
 _ONNX_OPSET = 18  # anomalib asks for 14, which the exporter fails to convert to, after a page of complaints
 _SINGLE_FILE_BYTES = 1.5 * 2**30  # an ONNX file itself holds no more than 2 GiB
 
@@ -72,7 +74,7 @@ class CfaExport(ExportMixin):
         Raises:
             RuntimeError: If the model is not fitted.
         """
-        with self._ready(), _staged(export_root, ExportType.ONNX) as (staging, folder):
+        with self._ready(), _staged(export_root, ExportType.ONNX) as (staging, folder), self._exported_form():
             assert isinstance(self, nn.Module)
             size = sum(tensor.nbytes for tensor in self.state_dict().values())
             options = {"opset_version": _ONNX_OPSET, "external_data": size > _SINGLE_FILE_BYTES, "verbose": False}
@@ -152,6 +154,17 @@ class CfaExport(ExportMixin):
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+    @contextmanager
+    def _exported_form(self) -> Iterator[None]:
+        """Put the network's exported form in its place for a while."""
+        model: Any = self.model
+        self.model = ExportedModel(model).eval()
+        try:
+            with ExportableInterpolation():
+                yield
+        finally:
+            self.model = model
 
 
 @contextmanager

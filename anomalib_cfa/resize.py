@@ -4,12 +4,15 @@ Anomalib exports another resize than it tests with: it turns anti-aliasing off, 
 ONNX. Here the exported graph resizes by two matrix products, which every runtime has.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Resampling
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
 
 # Kernels take integer offsets and how many of their unit make one (widened) pixel; they need not sum to 1.
@@ -34,6 +37,8 @@ _KERNELS: dict[tuple[InterpolationMode, bool], _Kernel] = {
     (InterpolationMode.BILINEAR, False): _triangle,
     (InterpolationMode.BICUBIC, True): _cubic,
 }
+
+_INTERPOLATE = inspect.signature(F.interpolate)
 
 
 def resize_weights(
@@ -72,6 +77,43 @@ def resize_weights(
     return (weights / weights.sum(dim=-1, keepdim=True)).to(dtype)
 
 
+def _resize_by_products(image: Tensor, size: Sequence[int], kernel: _Kernel, antialias: bool) -> Tensor:
+    rows, columns = (
+        resize_weights(side, new_side, kernel, antialias, image.dtype, image.device)
+        for side, new_side in zip(image.shape[-2:], size, strict=True)
+    )
+    return rows @ image @ columns.mT
+
+
+class ExportableInterpolation(TorchFunctionMode):
+    """While it is entered, anti-aliased resizes inside of a network are matrix products, which export as they run.
+
+    Transformers bring their position embedding to the image's size with one.
+
+    Example:
+        >>> with ExportableInterpolation():
+        ...     F.interpolate(torch.rand(1, 3, 16, 16), (7, 7), mode="bicubic", antialias=True).shape
+        torch.Size([1, 3, 7, 7])
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Stand in for one call."""
+        kwargs = kwargs or {}
+        if func is F.interpolate and kwargs.get("antialias"):
+            bound = _INTERPOLATE.bind(*args, **kwargs).arguments
+            mode, size = bound.get("mode"), bound.get("size")
+            modes = {known.value: kernel for (known, antialias), kernel in _KERNELS.items() if antialias}
+            if mode in modes and isinstance(size, Sequence) and not bound.get("align_corners"):
+                return _resize_by_products(bound["input"], size, modes[mode], antialias=True)
+        return func(*args, **kwargs)
+
+
 class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not typed
     """A ``Resize`` that resizes in an exported graph as it does in PyTorch, anti-aliasing included.
 
@@ -96,9 +138,7 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
         new_height, new_width = self.output_size(height, width)
         if isinstance(height, int) and isinstance(width, int) and (height, width) == (new_height, new_width):
             return inpt
-        rows = resize_weights(height, new_height, kernel, antialias, inpt.dtype, inpt.device)
-        columns = resize_weights(width, new_width, kernel, antialias, inpt.dtype, inpt.device)
-        return rows @ inpt @ columns.mT
+        return _resize_by_products(inpt, (new_height, new_width), kernel, antialias)
 
     @property
     def mode(self) -> InterpolationMode:

@@ -1,0 +1,122 @@
+"""Linear maps of the patch features, in the form in which they are exported: matrix products of each level."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from anomalib_cfa.resize import resize_weights
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """What brings the levels of a pyramid to the patches of its finest level.
+
+    Attributes:
+        resizes: Weights of shape (1, h, h_l) and (w, w_l) for each level but the finest, or None for one that is as
+            fine as that.
+        y: The patches' y in [-1, 1], of shape (h, 1).
+        x: The patches' x in [-1, 1], of shape (w, 1).
+    """
+
+    resizes: Sequence[tuple[Tensor, Tensor]]
+    y: Tensor
+    x: Tensor
+
+    @staticmethod
+    def of(maps: Sequence[Tensor]) -> "PatchGrid":
+        """The grid of channels-last maps of shape (B, h_l, w_l, C_l), finest first."""
+        height, width = maps[0].shape[1:3]
+        device = maps[0].device
+        resizes = [
+            (
+                resize_weights(level.shape[1], height, antialias=False, device=device)[None],
+                resize_weights(level.shape[2], width, antialias=False, device=device),
+            )
+            for level in maps[1:]
+        ]
+        y, x = (
+            (2 * torch.arange(size, device=device)[:, None] - (size - 1)).float() * (1 / torch.sym_max(size - 1, 1))
+            for size in (height, width)
+        )
+        return PatchGrid(resizes, y, x)
+
+
+class PyramidProjection(nn.Module):
+    """A CoordConv 1x1 convolution of the pyramid (paper, section III-A), or a part of its output channels.
+
+    Each level is multiplied at its own resolution and only then resized; see
+    :class:`~anomalib_cfa.descriptor.PatchDescriptor`. All is matrix products, and the last one sums the levels: these
+    forms keep their mark, and with it float32, in OpenVINO (:mod:`anomalib_cfa.openvino_graph`).
+
+    Args:
+        level_weights: Weights of shape (out, C_l) for each level, finest first; None for one that is not read.
+        coordinate_weight: Weights of y and x, of shape (out, 2).
+        bias: The rest, of shape (out,).
+    """
+
+    coordinate_weight: Tensor
+    bias: Tensor
+
+    def __init__(self, level_weights: Sequence[Tensor | None], coordinate_weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        for level, weight in enumerate(level_weights):
+            self.register_buffer(
+                f"weight_{level}", None if weight is None else weight.T[None, None].float().contiguous()
+            )
+        self.register_buffer("coordinate_weight", coordinate_weight.T.float().contiguous())
+        self.register_buffer("bias", bias.float())
+
+    def forward(self, maps: Sequence[Tensor], grid: PatchGrid) -> Tensor:
+        """Project every patch of the finest level.
+
+        Args:
+            maps: Feature maps of shape (B, h_l, w_l, C_l), finest first, the channels last.
+            grid: The maps' grid.
+
+        Returns:
+            Projections of shape (B, h, w, out).
+        """
+        batch, height, _, _ = maps[0].shape
+        finest, *weights = (getattr(self, f"weight_{level}") for level in range(len(maps)))
+        rows, columns = [], []
+        for level, weight, (to_height, to_width) in zip(maps[1:], weights, grid.resizes, strict=True):
+            if weight is None:
+                continue
+            projected = (level @ weight).flatten(2)
+            rows.append((to_height @ projected).reshape(batch, height, level.shape[2], -1))
+            columns.append(to_width)
+        parts = [torch.cat(columns, dim=1)[None, None] @ torch.cat(rows, dim=2)] if rows else []
+        if finest is not None:
+            parts.append(maps[0] @ finest)
+        of_y, of_x = self.coordinate_weight
+        return sum(parts) + (grid.y * of_y + self.bias)[:, None] + grid.x * of_x
+
+
+def bands(level_weights: Sequence[Tensor], rest: Sequence[Tensor]) -> list[tuple[list[Tensor | None], list[Tensor]]]:
+    """Turn the output channels of a linear map so that as many as possible read coarse levels alone.
+
+    An orthogonal turn leaves distances as they are. After that of a QR decomposition the first C_1 channels read every
+    level, the next C_2 all but the finest, and so on: less to multiply at the fine resolutions.
+
+    Args:
+        level_weights: Weights of shape (D, C_l), finest first.
+        rest: What lives in the same D channels and is turned with them, of shape (D, ...).
+
+    Returns:
+        For each band of channels the level weights, None for those that are all zero, and its part of the rest.
+    """
+    joined = torch.cat(list(level_weights), dim=1)
+    turn = torch.linalg.qr(joined, mode="complete").Q.T
+    widths = [weight.shape[1] for weight in level_weights]
+    stops = [*accumulate(widths[:-1]), len(joined)]
+    found, start = [], 0
+    for band, stop in enumerate(min(stop, len(joined)) for stop in stops):
+        if start < stop:
+            part = turn[start:stop]
+            weights = [part @ weight if level >= band else None for level, weight in enumerate(level_weights)]
+            found.append((weights, [part @ other for other in rest]))
+        start = max(start, stop)
+    return found
