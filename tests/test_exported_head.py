@@ -1,7 +1,7 @@
 import plain
 import pytest
 import torch
-from test_export import _fit, _tiny
+from exporting import fitted, tiny
 
 from anomalib_cfa import exported_head
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, smoothed_resize_weights
@@ -32,7 +32,7 @@ def _plain_scores(network, pyramid, score):
 @pytest.mark.parametrize("gamma_d", [1, 3])
 def test_the_head_is_the_plain_formula(score, block, gamma_d, monkeypatch):
     monkeypatch.setattr(exported_head, "_BLOCK", block)
-    network = _fit(_tiny(score=score, gamma_d=gamma_d)).model.eval()
+    network = fitted(tiny(score=score, gamma_d=gamma_d)).model.eval()
     network.descriptor.feature_mean.uniform_(0, 1)
     network.descriptor.feature_scale.fill_(0.5)
     images = torch.rand(2, 3, 64, 96)
@@ -46,7 +46,7 @@ def test_the_head_is_the_plain_formula(score, block, gamma_d, monkeypatch):
 
 
 def test_small_distances_far_from_the_origin_do_not_cancel():
-    network = _fit(_tiny(score="nearest")).model.eval()
+    network = fitted(tiny(score="nearest")).model.eval()
     with torch.no_grad():
         pyramid = network.patch_features(torch.rand(1, 3, 64, 96))
         network.descriptor.bias.add_(100 * network.descriptor.weight.abs().mean())
@@ -73,7 +73,7 @@ def test_weights_of_the_exported_map_are_the_generators():
 
 
 def test_the_exported_form_is_a_copy():
-    network = _fit(_tiny()).model.eval()
+    network = fitted(tiny()).model.eval()
     images = torch.rand(1, 3, 64, 96)
     exported = ExportedModel(network).eval()
     before = exported(images)
