@@ -122,9 +122,6 @@ def nearest_centers(queries: Tensor, centers: Tensor, k: int) -> tuple[Tensor, T
     origin = centers.mean(dim=0)
     vectors = centers - origin
     half_norms = vectors.square().sum(dim=1) / 2
-    if torch.compiler.is_compiling():
-        scores = torch.addmm(half_norms, queries - origin, vectors.T, alpha=-1)
-        return _rank(queries, centers, scores.topk(count, dim=1, largest=False).indices, k)
     padding = -len(centers) % _GROUP
     dtype = _ranking_dtype(queries.device.type)
     negated = F.pad(-vectors, (0, 0, 0, padding)).to(dtype)
@@ -197,8 +194,6 @@ def squared_distances(queries: Tensor, centers: Tensor, indices: Tensor) -> Tens
     Returns:
         Squared distances in float32, of shape (Q, K).
     """
-    if torch.compiler.is_compiling():
-        return (queries[:, None] - centers[indices]).square().sum(dim=-1)
     return _SquaredDistances.apply(queries.float(), centers.float(), indices)  # type: ignore[no-any-return]
 
 

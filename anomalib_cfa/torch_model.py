@@ -98,13 +98,12 @@ class CfaModel(nn.Module):
         Raises:
             ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
         """
-        if not torch.compiler.is_compiling():
-            height, width = images.shape[-2:]
-            self.patch_features.check_image_size(height, width)
-            smallest = self.anomaly_map_generator.min_image_size
-            if min(height, width) < smallest:
-                msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
-                raise ValueError(msg)
+        height, width = images.shape[-2:]
+        self.patch_features.check_image_size(height, width)
+        smallest = self.anomaly_map_generator.min_image_size
+        if min(height, width) < smallest:
+            msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
+            raise ValueError(msg)
         pyramid: list[Tensor] = self.patch_features(images)
         return pyramid
 
@@ -168,8 +167,6 @@ class CfaModel(nn.Module):
         Raises:
             ValueError: If a distance is not finite.
         """
-        if torch.compiler.is_compiling():
-            return self._block_scores(pyramid)
         scores = torch.cat([self._block_scores(block) for block in self.blocks(pyramid)])
         if not torch.isfinite(scores).all():
             msg = "The images must hold finite values only, but lead to nan or infinite distances"

@@ -83,6 +83,8 @@ GROUPS: dict[str, list[Variant]] = {
     "gamma_c": _each("gamma_c", [1, 2, 4, 16]),
     "gamma_d": _each("gamma_d", [1, 2, 4]),
     "start": _each("descriptor_start", ["whitened", "random"], MORE),
+    # A bank that is large enough for an index, trained so that the descriptor moves.
+    "search": _each("search", ["exact", "ivf", "hnsw"], (1, 3), layers=LAYERS_1_3, bank="mean", lr=1e-3),
     "radius": [
         *_each("radius", [1e-5, 0.3, 0.6], (3,)),
         *_each("learn_radius", [False], (3,)),
