@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cfa.anomaly_map import smoothed_resize_weights, softmin_scores
 from anomalib_cfa.pyramid_projection import PatchGrid, PyramidProjection, bands
 from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.views import average_views, central_view
 
 _BLOCK = 256  # centres that are ranked at a time, which bounds the memory
 _SPARE_CANDIDATES = 1  # beyond those asked for, for centres that the ranking cannot tell apart
@@ -38,6 +39,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.patch_features = model.patch_features
         self.head = ExportedHead(model)
+        self.center_view = model.center_view
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict.
@@ -48,8 +50,14 @@ class ExportedModel(nn.Module):
         Returns:
             Anomaly maps of shape (B, H, W), and the image scores, their maxima, of shape (B,).
         """
-        anomaly_map = self.head(self.patch_features(images), images.shape[-2:])
+        anomaly_map = self._anomaly_map(images)
+        if self.center_view:
+            anomaly_map = average_views(anomaly_map, self._anomaly_map(central_view(images)))
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def _anomaly_map(self, images: Tensor) -> Tensor:
+        anomaly_map: Tensor = self.head(self.patch_features(images), images.shape[-2:])
+        return anomaly_map
 
 
 class ExportedHead(nn.Module):

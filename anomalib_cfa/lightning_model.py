@@ -73,6 +73,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
             usual for normal patches there; or the paper's, weighted by its ``"softmin"`` among the K nearest.
         sigma: Standard deviation of the anomaly map's smoothing, in pixels.
+        center_view: Whether the centre of the image, seven eighths of a side, is scored once more as a view of its own,
+            and both views are averaged there (CFA++).
         seed: Governs the descriptor's start, K-means and the order of images.
         image_size: Height and width to resize to, or one number for both. Only without a ``pre_processor``.
         center_crop_size: Height and width to crop to after that. Only without a ``pre_processor``.
@@ -114,6 +116,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         weight_decay: float = 5e-4,
         score: str = "calibrated",
         sigma: float = 4.0,
+        center_view: bool = False,
         seed: int = 0,
         image_size: list[int] | int | None = None,
         center_crop_size: list[int] | int | None = None,
@@ -135,6 +138,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             lr=lr,
             weight_decay=weight_decay,
             sigma=sigma,
+            center_view=center_view,
             seed=seed,
             feature_budget=feature_budget,
         )
@@ -166,6 +170,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             search=search,
             score=score,
             sigma=sigma,
+            center_view=center_view,
             seed=seed,
         )
         self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha, nu)

@@ -13,6 +13,7 @@ from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.memory_bank import MemoryBank
 from anomalib_cfa.patch_features import PatchFeatures
+from anomalib_cfa.views import average_views, central_view
 
 # Of a block's patch descriptors: what a CPU's caches hold, or what an accelerator's memory can spare.
 _BLOCK_BYTES = 16 * 2**20
@@ -51,6 +52,7 @@ class CfaModel(nn.Module):
         search: str = "ivf",
         score: str = "calibrated",
         sigma: float = 4.0,
+        center_view: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class CfaModel(nn.Module):
         self.bank = bank
         self.beta = beta
         self.score = score
+        self.center_view = center_view
         self.seed = seed
 
         self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size, seed)
@@ -201,8 +204,14 @@ class CfaModel(nn.Module):
         if not self.memory_bank.is_built:
             msg = "The memory bank is not built yet: fit the model, or load a checkpoint of a fitted one"
             raise RuntimeError(msg)
-        pyramid = self.pyramid(images)
         if self.training:
-            return self.targets(pyramid)[0]
-        anomaly_map = self.anomaly_map_generator(self.patch_scores(pyramid), images.shape[-2:]).squeeze(1)
+            return self.targets(self.pyramid(images))[0]
+        anomaly_map = self._anomaly_map(images)
+        if self.center_view:
+            anomaly_map = average_views(anomaly_map, self._anomaly_map(central_view(images)))
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def _anomaly_map(self, images: Tensor) -> Tensor:
+        scores = self.patch_scores(self.pyramid(images))
+        anomaly_map: Tensor = self.anomaly_map_generator(scores, images.shape[-2:]).squeeze(1)
+        return anomaly_map

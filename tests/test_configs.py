@@ -14,7 +14,7 @@ from anomalib_cfa import Cfa
 from anomalib_cfa.benchmark.spec import accelerators, check_config, expand
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TRAINING = ("fast_cpu", "paper_r", "paper_rc")
+TRAINING = ("cfa_plus_plus", "fast_cpu", "paper_r", "paper_rc")
 BENCHMARKS = sorted(path.stem for path in CONFIGS.glob("benchmark_*.yaml"))
 CATEGORIES = {
     *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile"),

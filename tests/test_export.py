@@ -53,6 +53,27 @@ def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path)
             assert_agree(run_openvino(openvino_path, image), predict(model, image))
 
 
+def test_both_views_are_exported(tmp_path):
+    model = fitted(tiny(center_view=True))
+    onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
+    for size in IMAGE_SIZES:
+        image = torch.rand(2, 3, *size)
+        expected = predict(model, image)
+        assert_agree(run_onnx(onnx_path, image), expected)
+        assert_agree(run_openvino(openvino_path, image), expected)
+    model.model.center_view = False
+    assert not np.allclose(predict(model, image)["anomaly_map"], expected["anomaly_map"], atol=1e-3)
+
+
+def test_both_views_are_exported_without_a_resize(tmp_path):
+    model = fitted(tiny(center_view=True))
+    model.pre_processor = None
+    path = model.to_onnx(tmp_path)
+    for size in ((64, 96), (128, 72)):
+        image = torch.rand(1, 3, *size)
+        assert_agree(run_onnx(path, image), predict(model, image))
+
+
 def test_fixed_input_size(model, tmp_path):
     image = torch.rand(2, 3, 100, 75)
     expected = predict(model, image)

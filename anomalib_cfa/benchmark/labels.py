@@ -32,6 +32,7 @@ _TOLD_OTHERWISE = {
     "model.class_path",
     "model.init_args.backbone",
     "model.init_args.center_crop_size",
+    "model.init_args.center_view",
     "data.class_path",
 }
 

@@ -118,8 +118,11 @@ _ANOMALIB = {
 
 
 def view(spec: JobSpec) -> str:
-    """The paper's name for how a job's images reach the model: ``"R"``, resized, or ``"R+C"``, cropped after that."""
-    return "R" if spec.model["init_args"].get("center_crop_size") is None else "R+C"
+    """The paper's name for what a job scores: ``"R"``, resized images; ``"R+C"``, cropped ones; ``"CFA++"``, both."""
+    arguments = spec.model["init_args"]
+    if arguments.get("center_view"):
+        return "CFA++"
+    return "R" if arguments.get("center_crop_size") is None else "R+C"
 
 
 def is_mvtec_ad(spec: JobSpec, test_images: int) -> bool:
@@ -129,7 +132,16 @@ def is_mvtec_ad(spec: JobSpec, test_images: int) -> bool:
 
 def paper(spec: JobSpec) -> Figures | None:
     """The paper's figures for a job's category and view, where the job is of CFA."""
-    return _PAPER[view(spec)].get(spec.category) if spec.model_name == "Cfa" else None
+    if spec.model_name != "Cfa":
+        return None
+    shown = view(spec)
+    if shown != "CFA++":
+        return _PAPER[shown].get(spec.category)
+    views = [figures[spec.category] for figures in _PAPER.values() if spec.category in figures]
+    if not views:
+        return None
+    # The better view for each figure, which no user can pick.
+    return Figures(max(each.image_auroc for each in views), max(each.pixel_auroc for each in views))
 
 
 def anomalib(spec: JobSpec) -> Figures | None:
