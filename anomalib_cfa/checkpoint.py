@@ -13,7 +13,6 @@ _STRUCTURE = ("backbone", "layers", "gamma_c", "gamma_d", "num_nearest_neighbors
 _SIZES: dict[str, tuple[str | None, ...]] = {
     "model.descriptor.weight": ("D", None),
     "model.memory_bank.centers": ("N", "D"),
-    "model.memory_bank.axes": ("D", None),
     "model.calibration.mean": ("N",),
     "model.calibration.deviation": ("N",),
 }
@@ -77,7 +76,9 @@ def _is_built(state: Mapping[str, Any]) -> bool:
 def _check_sizes(state: Mapping[str, Any]) -> None:
     sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the first tensor that has it
     for name, letters in _SIZES.items():
-        shape = tuple(state[name].shape) if name in state else ()
+        if name not in state:
+            continue  # torch names all that is missing
+        shape = tuple(state[name].shape)
         if len(shape) != len(letters):
             msg = f"The checkpoint's {name} must have {len(letters)} dimensions, but has {len(shape)}: it is damaged"
             raise ValueError(msg)

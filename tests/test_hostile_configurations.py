@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from soak import cases
 from tiny import fit_to_noise, noise, tiny_cfa
 
+from anomalib_cfa.search import SEARCH_KINDS
+
 LAYERS = ["layer1", "layer2", "layer3", "layer1.0", "layer2.0", "layer3.0"]
 
 SENSIBLE = {
@@ -20,7 +22,7 @@ SENSIBLE = {
     "beta": st.none() | st.floats(0.01, 1),
     "alpha": st.floats(0, 10),
     "nu": st.floats(1e-6, 1e3),
-    "search": st.sampled_from(["exact", "pca", "ivf", "hnsw"]),
+    "search": st.sampled_from(SEARCH_KINDS),
     "score": st.sampled_from(["calibrated", "nearest", "softmin"]),
     "sigma": st.floats(0.1, 8),
     "seed": st.integers(0, 2**31 - 1),
@@ -36,9 +38,11 @@ def fits_and_scores(arguments) -> bool:
     """Whether a model is made, fitted, takes a step, and scores finitely, rather than refused with a message."""
     try:
         model = fit_to_noise(tiny_cfa(**arguments))
+        model.train()
         squared, _ = model.model.targets(model.model.pyramid(noise(2, *(model.input_size or (64, 64)))))
         loss = sum(model.loss(squared, model.model.radius))
         loss.backward()
+        model.eval()
         with torch.no_grad():
             found = model(noise(2, 40, 60, seed=2))
     except ValueError as error:

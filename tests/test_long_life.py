@@ -11,6 +11,8 @@ import torch
 from soak import count
 from tiny import fit_to_noise, noise, tiny_cfa
 
+from anomalib_cfa.search import SEARCH_KINDS
+
 THREADS = 4
 PREDICTIONS = count(quick=400, soak=10_000)
 SIZES = [(64, 64), (90, 70), (64, 64), (31, 200)]
@@ -68,9 +70,9 @@ def test_threads_may_copy_and_pickle_a_model_that_predicts(model):
         assert all(pool.map(work, range(count(quick=8, soak=200))))
 
 
-@pytest.mark.parametrize("kind", ["exact", "pca", "ivf", "hnsw"])
+@pytest.mark.parametrize("kind", SEARCH_KINDS)
 def test_the_first_searches_for_targets_may_come_from_several_threads(kind):
-    bank = fit_to_noise(tiny_cfa(search=kind)).model.memory_bank
+    bank = fit_to_noise(tiny_cfa(search=kind)).model.memory_bank.train()
     queries = torch.rand(64, bank.centers.shape[1]).requires_grad_()
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(count(quick=2, soak=50)):
