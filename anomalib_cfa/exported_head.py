@@ -134,7 +134,7 @@ class ExportedHead(nn.Module):
         """The centres that may be the nearest ones, of shape (B, h, w, K)."""
         values, indices = [], []
         for block, ranking in enumerate(self.rankings):
-            ranked = ranking(maps, grid)
+            ranked: Tensor = ranking(maps, grid)
             value, index = ranked.topk(min(self.neighbors, ranked.shape[-1]), dim=-1, largest=False)
             values.append(value)
             indices.append(index * len(self.rankings) + block)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,7 @@ class PatchGrid:
             )
             for level in maps[1:]
         ]
-        y, x = (
-            (2 * torch.arange(size, device=device)[:, None] - (size - 1)).float() * (1 / torch.sym_max(size - 1, 1))
-            for size in (height, width)
-        )
+        y, x = (_coordinates(size, device) for size in (height, width))
         return PatchGrid(resizes, y, x)
 
 
@@ -92,7 +90,16 @@ class PyramidProjection(nn.Module):
         if finest is not None:
             parts.append(maps[0] @ finest)
         of_y, of_x = self.coordinate_weight
-        return sum(parts) + (grid.y * of_y + self.bias)[:, None] + grid.x * of_x
+        projections: Tensor = sum(parts) + (grid.y * of_y + self.bias)[:, None] + grid.x * of_x
+        return projections
+
+
+def _coordinates(size: int, device: torch.device) -> Tensor:
+    """From -1 to 1, of shape (size, 1)."""
+    centred: Tensor = (2 * torch.arange(size, device=device)[:, None] - (size - 1)).float()
+    steps: Any = torch.sym_max(size - 1, 1)
+    scaled: Tensor = centred * (1 / steps)
+    return scaled
 
 
 def bands(level_weights: Sequence[Tensor], rest: Sequence[Tensor]) -> list[tuple[list[Tensor | None], list[Tensor]]]:

@@ -142,7 +142,7 @@ def _ranking_dtype(device_type: str) -> torch.dtype:
     if device_type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device_type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
         is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     else:
         is_native = False

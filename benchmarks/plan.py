@@ -39,7 +39,7 @@ class Scale:
     nothing is compared with.
     """
 
-    rounds: int = 3
+    rounds: int = 2
     fit_rounds: int = 1
     size: int = 256
     training_images: int = 300
