@@ -52,7 +52,7 @@ def test_k_means_gives_more_centers_than_an_image_has_patches_if_there_are_enoug
     assert build(KMeansBank(0.4, 0), images(count)).shape == (centers, 6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shares=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 999))
 def test_uneven_shares_of_several_processes_merge_to_the_mean_exactly(shares, seed):
     descriptors = images(sum(shares), seed=seed)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from anomalib_cfa.blockwise import sum_over_blocks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 20), size=st.integers(1, 7), scale=st.floats(-4, 4), seed=st.integers(0, 2**16))
 def test_value_and_gradient_are_those_of_all_at_once(rows, size, scale, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -42,7 +42,7 @@ def test_masks_are_0_or_255_and_cover_what_changed(rendered_mvtec: Path, categor
         assert set(np.unique(mask)) == {0, 255}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from([(name, kind) for name, category in CATEGORIES.items() for kind in category.defects]),
     seed=st.integers(0, 2**32),

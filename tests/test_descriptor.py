@@ -9,7 +9,7 @@ from anomalib_cfa.descriptor import PatchDescriptor
 sizes = st.integers(1, 9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     channels=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     width=st.integers(1, 7),

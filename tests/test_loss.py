@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from anomalib_cfa.loss import CfaLoss
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     k=st.integers(1, 4),
     j=st.integers(1, 4),

@@ -495,7 +495,7 @@ def test_weights_that_contradict_the_other_arguments_are_refused():
 
 
 @given(height=st.integers(1, 50), width=st.integers(1, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_images_must_reach_the_deepest_stride(height, width):
     patch_features = _TINY_FEATURES
     if min(height, width) < 16:
@@ -563,7 +563,7 @@ def test_export_with_dynamic_batch_and_size(backbone):
     width=st.integers(1, 20),
     kernel=st.tuples(st.sampled_from([3, 5, 7]), st.sampled_from([3, 5, 7])),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_exportable_same_padding_computes_the_same(height, width, kernel):
     convolution = Conv2dSame(2, 3, kernel, stride=2)
     images = torch.randn(1, 2, height, width)

@@ -47,7 +47,7 @@ def test_finds_the_nearest_centers_in_order(bank, kind, recall):
     assert all(len(set(row)) == 6 for row in found.tolist())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     queries=st.integers(1, 40),
     centers=st.integers(1, 60),
@@ -83,7 +83,7 @@ def test_torch_search_finds_them_in_blocks_too(bank, monkeypatch):
     assert (whole == expected).float().mean() > 0.99
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 5), groups=st.integers(1, 12), k=st.integers(1, 20), seed=st.integers(0, 2**16))
 def test_smallest_values_are_those_that_topk_finds(rows, groups, k, seed):
     # few different values, so that many are equal

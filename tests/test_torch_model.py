@@ -22,7 +22,7 @@ def built(backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, 
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     backbone=st.sampled_from(BACKBONES),
     size=st.tuples(st.integers(2, 5), st.integers(2, 5)),

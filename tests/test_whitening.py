@@ -20,7 +20,7 @@ def test_whitened_features_vary_alike_in_every_direction_at_a_squared_distance_o
     assert 0.8 < mapped.square().sum(dim=1).mean() < 1.01
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(channels=st.integers(1, 10), width=st.integers(1, 20), rank=st.integers(0, 10), seed=st.integers(0, 999))
 def test_any_covariance_gives_a_finite_map(channels, width, rank, seed):
     factor = torch.randn(channels, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
