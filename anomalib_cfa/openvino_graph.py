@@ -73,7 +73,7 @@ def keep_float32(operations: list[Any]) -> None:
     """Have operations, and the constants that they read, computed and saved in float32 whatever the precision.
 
     It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by
-    others: see the exported forms in :mod:`anomalib_cfa.search` and :mod:`anomalib_cfa.anomaly_map`.
+    others: see the exported forms in :mod:`anomalib_cfa.exported_head`.
 
     Args:
         operations: Operations of an OpenVINO model, marked in place.
