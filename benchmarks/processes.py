@@ -38,8 +38,8 @@ class Model:
 
 
 MODELS = [
-    Model("resnet18", channels=448, width=448, patches=4096, centers=1024),
-    Model("wide_resnet50_2", channels=1792, width=1792, patches=4096, centers=1024),
+    Model("resnet18", channels=384, width=384, patches=1024, centers=1024),
+    Model("wide_resnet50_2", channels=1536, width=1536, patches=1024, centers=1024),
 ]
 
 
