@@ -1,6 +1,6 @@
 """Sets this package's ``Cfa`` beside anomalib's own, PatchCore and PaDiM: accuracy, time, memory and latency.
 
-All get the same backbone weights and the same 256 x 256 pixels; each model and seed has a process of its own. Finished
+All get the same backbone weights and pixels; each model and seed has a process of its own. Finished
 ones are lines of ``comparison.jsonl``; a rerun goes on with what is missing, and writes ``comparison.md``.
 
     python benchmarks/comparison.py --weights-path FILE --data FOLDER [--quick]
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights-path", type=Path, required=True, help="weights of ResNet-18")
     parser.add_argument("--quick", action="store_true", help="64 training images of 128 x 128 pixels, a quarter tested")
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
+    parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
     parser.add_argument("--epochs", type=int, help="of this Cfa; default: as the model has it")
@@ -81,7 +82,7 @@ def plan(arguments: argparse.Namespace) -> Iterator[Task]:
     shared = {
         "data": arguments.data.name,
         "weights": arguments.weights_path.name,
-        "size": 128 if arguments.quick else 256,
+        "size": 128 if arguments.quick else arguments.size,
         "training_images": 64 if arguments.quick else None,
         "test_step": 4 if arguments.quick else 1,
         "threads": arguments.threads,
