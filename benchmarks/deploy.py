@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy_report import markdown
+from plan import SAME_LAYERS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -117,8 +118,8 @@ class Benchmark:
         return {"part": "exports", "bytes": exported["bytes"], **times, **self._run("agreement", **of_file)}
 
     def against_anomalib(self, backbone: str, size: int, gamma_c: int, precision: str | None) -> Row:
-        """Both sides with random weights and a random memory bank, timed in turn."""
-        task = {"backbone": backbone, "size": size, "gamma_c": gamma_c}
+        """Both sides with random weights, a random memory bank and the same layers, timed in turn."""
+        task = {"backbone": backbone, "size": size, "gamma_c": gamma_c, "options": SAME_LAYERS}
         files = {}
         for side in ("ours", "anomalib"):
             root = self.work / f"{side}-{backbone}-{gamma_c}"
