@@ -127,7 +127,7 @@ def test_what_the_bank_sums_over_processes_is_as_documented(fits, processes):
     """The sizes that CONTRIBUTING.md states, and not more with more processes."""
     folder, (state, *_) = fits(processes)
     width, columns = state["descriptor.weight"].shape
-    channels, patches, centers = columns - 2, 16 * 16, len(state["memory_bank.centers"])
+    channels, patches, centers = columns - 2, 8 * 8, len(state["memory_bank.centers"])
     summed = sorted(json.loads((folder / "rank0.json").read_text())["summed"], reverse=True)
     statistics = [8 * channels**2, 8 * channels]  # the whitened start: products and sums
     assert summed[:4] == sorted([*statistics, 8 * patches * width, 3 * 8 * centers], reverse=True)

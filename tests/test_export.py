@@ -61,17 +61,18 @@ def test_both_views_are_exported(tmp_path):
         expected = predict(model, image)
         assert_agree(run_onnx(onnx_path, image), expected)
         assert_agree(run_openvino(openvino_path, image), expected)
-    model.model.center_view = False
-    assert not np.allclose(predict(model, image)["anomaly_map"], expected["anomaly_map"], atol=1e-3)
+    network, image = model.model.eval(), torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        both = network(image).anomaly_map
+        network.center_view = False
+        assert not torch.allclose(network(image).anomaly_map, both, rtol=1e-2)
 
 
 def test_both_views_are_exported_without_a_resize(tmp_path):
     model = fitted(tiny(center_view=True))
     model.pre_processor = None
-    path = model.to_onnx(tmp_path)
-    for size in ((64, 96), (128, 72)):
-        image = torch.rand(1, 3, *size)
-        assert_agree(run_onnx(path, image), predict(model, image))
+    image = torch.rand(1, 3, 128, 72)
+    assert_agree(run_onnx(model.to_onnx(tmp_path, input_size=(128, 72)), image), predict(model, image))
 
 
 def test_fixed_input_size(model, tmp_path):
