@@ -185,9 +185,11 @@ def _mvtec(root: Path) -> MVTecAD:
 
 
 @pytest.mark.parametrize("compression_type", list(CompressionType))
-def test_compressed_models_are_smaller_and_agree(model, openvino_path, compression_type, rendered_mvtec, tmp_path):
+def test_compressed_models_are_smaller_and_agree(openvino_path, compression_type, rendered_mvtec, tmp_path):
     if compression_type != CompressionType.FP16:
         pytest.importorskip("nncf")
+    model = fitted(tiny())
+    model.post_processor.pixel_max.add_(1000)  # no score is clamped
     path = model.to_openvino(tmp_path, compression_type=compression_type, datamodule=_mvtec(rendered_mvtec))
     assert path.with_suffix(".bin").stat().st_size < openvino_path.with_suffix(".bin").stat().st_size
     image = torch.rand(2, 3, 100, 130)
