@@ -596,7 +596,7 @@ def test_real_weights_load_from_a_features_only_file():
     path = os.environ.get("ANOMALIB_CFA_TEST_WEIGHTS")
     if not path:
         pytest.skip("ANOMALIB_CFA_TEST_WEIGHTS names no file of ResNet-18's weights")
-    patch_features = PatchFeatures("resnet18", weights_path=path)
+    patch_features = PatchFeatures("resnet18", ["layer1", "layer2", "layer3"], weights_path=path)
     patch_features.load_weights()
     reference = timm.create_model("resnet18.tv_in1k", features_only=True, out_indices=(1, 2, 3)).eval()
     assert not reference.load_state_dict(safetensors.torch.load_file(path), strict=False).missing_keys
