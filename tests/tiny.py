@@ -20,7 +20,7 @@ def fit_to_noise(model: Cfa, images: int = 4) -> Cfa:
     size = model.input_size or (64, 64)
     pyramid = network.pyramid(noise(images, *size))
     patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
-    check_neighbors(patches // network.gamma_c, network.num_nearest_neighbors, network.num_hard_negative_features)
+    check_neighbors(int(patches / network.gamma_c), network.num_nearest_neighbors, network.num_hard_negative_features)
     builder = network.bank_builder()
     builder.update(network.describe(pyramid).flatten(1, 2))
     network.assign_bank(builder.centers())
