@@ -39,6 +39,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "search": (f"one of {', '.join(map(repr, SEARCH_KINDS))}", lambda value: value in SEARCH_KINDS),
     "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "pre_trained": ("True or False", lambda value: isinstance(value, bool)),
+    "learn_radius": ("True or False", lambda value: isinstance(value, bool)),
     "center_view": ("True or False", lambda value: isinstance(value, bool)),
     "lr": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "weight_decay": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),

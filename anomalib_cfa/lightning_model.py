@@ -128,6 +128,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             num_nearest_neighbors=num_nearest_neighbors,
             num_hard_negative_features=num_hard_negative_features,
             radius=radius,
+            pre_trained=pre_trained,
+            learn_radius=learn_radius,
             bank=bank,
             beta=beta,
             descriptor_start=descriptor_start,
