@@ -15,7 +15,14 @@ from torch import nn
 from torchmetrics import Metric
 
 from anomalib_cfa.exported_head import ExportedModel
-from anomalib_cfa.openvino_graph import keep_float32, module_names, outside_of, use_native_resize
+from anomalib_cfa.openvino_graph import (
+    keep_float32,
+    module_names,
+    one_image_at_a_time,
+    operations,
+    outside_of,
+    use_single_output_max_pools,
+)
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.quantization import check_compression, compress
 from anomalib_cfa.resize import ExportableInterpolation
@@ -95,8 +102,8 @@ class CfaExport(ExportMixin):
     ) -> Path:
         """Export to OpenVINO, pre- and post-processing included.
 
-        Every compression is of the backbone alone. All else stays in float32, also where OpenVINO would compute in
-        bfloat16 on its own account.
+        Every compression is of the backbone alone. All else is computed in float32, also where OpenVINO would choose
+        bfloat16; without compression and with ``FP16`` the backbone is, too. A batch is worked on image by image.
 
         Args:
             export_root: Folder for ``weights/openvino``.
@@ -126,12 +133,18 @@ class CfaExport(ExportMixin):
             onnx_path = self.to_onnx(staging / "onnx", model_file_name, input_size, **(onnx_kwargs or {}))
             names = module_names(onnx_path)
             model = openvino.convert_model(onnx_path, **(ov_kwargs or {}))
-            use_native_resize(model, getattr(self.pre_processor, "export_transform", None))
-            if compression_type is not None and compression_type != CompressionType.FP16:
-                kept = outside_of(_BACKBONE, model, names)
+            use_single_output_max_pools(model)
+            kept = outside_of(_BACKBONE, model, names)
+            if compression_type in {None, CompressionType.FP16}:
+                keep_float32(operations(model), constants_too=compression_type is None)
+            else:
                 seed = getattr(self, "hparams", {}).get("seed", 0)
                 model = compress(model, compression_type, kept, datamodule, self.pre_processor, metric, max_drop, seed)
-            keep_float32(outside_of(_BACKBONE, model, names))
+                kept = outside_of(_BACKBONE, model, names)
+            keep_float32(kept)
+            marked = staging / f"{model_file_name}.xml"
+            openvino.save_model(model, marked, compress_to_fp16=False)
+            model = one_image_at_a_time(openvino.Core().read_model(marked))
             path = staging / ExportType.OPENVINO.value / f"{model_file_name}.xml"
             path.parent.mkdir()
             openvino.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)

@@ -79,18 +79,23 @@ class PyramidProjection(nn.Module):
         """
         batch, height, _, _ = maps[0].shape
         finest, *weights = (getattr(self, f"weight_{level}") for level in range(len(maps)))
-        rows, columns = [], []
+        of_y, of_x = self.coordinate_weight
+        # Coordinates are a level of two columns, for 1 and x. Added on, they would be folded into one constant for all
+        # patches, which for the rankings means all patches x all centres.
+        of_one = grid.y * of_y + self.bias
+        coordinates = torch.stack([of_one, of_x.expand_as(of_one)], dim=1)
+        # A factor of ones keeps float32 in OpenVINO, where "expand" would not.
+        rows = [coordinates[None] * torch.ones(batch, 1, 1, 1, device=coordinates.device)]
+        columns = [torch.cat([torch.ones_like(grid.x), grid.x], dim=1)]
         for level, weight, (to_height, to_width) in zip(maps[1:], weights, grid.resizes, strict=True):
             if weight is None:
                 continue
             projected = (level @ weight).flatten(2)
             rows.append((to_height @ projected).reshape(batch, height, level.shape[2], -1))
             columns.append(to_width)
-        parts = [torch.cat(columns, dim=1)[None, None] @ torch.cat(rows, dim=2)] if rows else []
+        projections: Tensor = torch.cat(columns, dim=1)[None, None] @ torch.cat(rows, dim=2)
         if finest is not None:
-            parts.append(maps[0] @ finest)
-        of_y, of_x = self.coordinate_weight
-        projections: Tensor = sum(parts) + (grid.y * of_y + self.bias)[:, None] + grid.x * of_x
+            projections = projections + maps[0] @ finest
         return projections
 
 

@@ -24,10 +24,10 @@ def _triangle(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
 
 
 def _cubic(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
-    # Keys' kernel with a = -0.5, as torch and Pillow use it when they anti-alias.
-    x = offsets / width
-    inner = (1.5 * x - 2.5) * x**2 + 1
-    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    # Keys' kernel with a = -0.5, as torch and Pillow use it when they anti-alias, times width^3.
+    x = offsets.float()
+    inner = (1.5 * x - 2.5 * width) * x**2 + width**3
+    outer = ((-0.5 * x + 2.5 * width) * x - 4 * width**2) * x + 2 * width**3
     return torch.where(offsets < width, inner, torch.where(offsets < 2 * width, outer, 0.0))
 
 
@@ -48,6 +48,7 @@ def resize_weights(
     antialias: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    leading: int = 0,
 ) -> Tensor:
     """Weights that resize one axis as :func:`torch.nn.functional.interpolate` does with ``align_corners=False``.
 
@@ -58,9 +59,10 @@ def resize_weights(
         antialias: Whether the kernel widens where the axis shrinks.
         dtype: Data type of the weights.
         device: Device of the weights.
+        leading: How many dimensions of size one to put in front: put in later, they cost float32 in OpenVINO.
 
     Returns:
-        Weights of shape (new_size, size); each row sums to 1. The identity where the sizes agree.
+        Weights of shape (..., new_size, size); each row sums to 1. The identity where the sizes agree.
 
     Example:
         >>> resize_weights(4, 2)
@@ -69,20 +71,27 @@ def resize_weights(
     """
     # In units of 1 / (2 * new_size) of a pixel all centres are integers. As floating point numbers they would be off by
     # whole pixels where OpenVINO computes in bfloat16.
-    pixels = 2 * torch.arange(size, device=device) + 1
-    new_pixels = 2 * torch.arange(new_size, device=device) + 1
-    offsets = (pixels * new_size - new_pixels[:, None] * size).abs()
+    pixels = (2 * torch.arange(size, device=device) + 1).reshape(*[1] * leading, 1, -1)
+    new_pixels = (2 * torch.arange(new_size, device=device) + 1).reshape(*[1] * leading, -1, 1)
+    offsets = (pixels * new_size - new_pixels * size).abs()
     width = 2 * (torch.sym_max(size, new_size) if antialias else new_size)
     weights = kernel(offsets, width).to(torch.promote_types(dtype, torch.float32))
-    return (weights / weights.sum(dim=-1, keepdim=True)).to(dtype)
+    total = weights.sum(dim=-1, keepdim=True)
+    if not torch.compiler.is_exporting():
+        return (weights / total).to(dtype)
+    # OpenVINO has no division: it has powers of -1, computed in bfloat16. A step of Newton's takes the rounding
+    # of the logarithm away.
+    inverse = (-total.log()).exp()
+    return (weights * (inverse * (2 - total * inverse))).to(dtype)
 
 
 def _resize_by_products(image: Tensor, size: Sequence[int], kernel: _Kernel, antialias: bool) -> Tensor:
     rows, columns = (
-        resize_weights(side, new_side, kernel, antialias, image.dtype, image.device)
+        resize_weights(side, new_side, kernel, antialias, image.dtype, image.device, leading=image.ndim - 2)
         for side, new_side in zip(image.shape[-2:], size, strict=True)
     )
-    return rows @ image @ columns.mT
+    # The rows last: OpenVINO fails on a product with a constant from the right where what follows is by channels.
+    return rows @ (image @ columns.mT)
 
 
 class ExportableInterpolation(TorchFunctionMode):

@@ -24,3 +24,10 @@ def test_a_transformer_of_fixed_input_size_agrees(tmp_path):
     expected = predict(model, image)
     assert_agree(run_onnx(model.to_onnx(tmp_path, input_size=(100, 75)), image), expected)
     assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(100, 75)), image), expected)
+
+
+def test_openvino_computes_a_transformer_in_float32_where_it_would_not(tmp_path):
+    path = fitted(tiny(backbone="test_vit.r160_in1k", image_size=[96, 128])).to_openvino(tmp_path)
+    image = torch.rand(1, 3, 200, 201)
+    low, full = (run_openvino(path, image, precision) for precision in ("bf16", "f32"))
+    assert_agree(low, full, tolerance=1e-6)
