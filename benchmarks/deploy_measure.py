@@ -89,12 +89,15 @@ def export(task: Task) -> Result:
 
 
 def export_backbone(model: Any, root: Path) -> Path:  # noqa: ANN401
-    """Export the frozen network alone, for images of the model's size."""
+    """Export the frozen network alone, for images of the model's size, to ONNX, and to OpenVINO beside it."""
+    import openvino  # noqa: PLC0415 - optional
+
     path = root / "backbone.onnx"
     root.mkdir(parents=True, exist_ok=True)
     network = model.model.patch_features.network if hasattr(model.model, "patch_features") else None
     image = torch.rand(1, 3, *model.input_size)
     torch.onnx.export(network, (image,), path, dynamo=True, opset_version=18, external_data=False, verbose=False)
+    openvino.save_model(openvino.convert_model(path), path.with_suffix(".xml"), compress_to_fp16=False)
     return path
 
 
@@ -144,12 +147,12 @@ def judge(scores: Tensor, maps: Tensor, task: Task) -> Result:
 
 
 def time_files(task: Task) -> Result:
-    """Time exported models, and the backbone alone, on one image of the model's size, in turn."""
+    """Time an exported model, and another beside it in turn, on one image of the model's size."""
     image = np.random.default_rng(0).random((1, 3, *task["size"]), dtype=np.float32)
-    files = [task["path"], *([task["backbone"]] if "backbone" in task else [])]
-    models = [load(Path(file), task.get("precision"), task["threads"]) for file in files]
+    files = [(task["path"], task.get("precision")), *([task["beside"]] if "beside" in task else [])]
+    models = [load(Path(file), precision, task["threads"]) for file, precision in files]
     times = latency([lambda model=model: model(image) for model in models], task["repeats"])
-    return dict(zip(("whole_ms", "backbone_ms"), times, strict=False))
+    return dict(zip(("whole_ms", "beside_ms"), times, strict=False))
 
 
 def time_torch(task: Task) -> Result:
