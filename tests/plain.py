@@ -18,7 +18,8 @@ def describe(pyramid: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
 
 def squared_distances(descriptors: Tensor, centers: Tensor, k: int) -> Tensor:
     """The k smallest squared distances, ordered, of shape (..., k)."""
-    matrix = (descriptors[..., None, :] - centers).square().sum(dim=-1)
+    # Differences, squared and summed, without holding them all: patches x centres x D are gigabytes.
+    matrix = torch.cdist(descriptors, centers, compute_mode="donot_use_mm_for_euclid_dist").square()
     return matrix.topk(k, dim=-1, largest=False).values
 
 
