@@ -18,7 +18,7 @@ from anomalib_cfa.pyramid_projection import PatchGrid, PyramidProjection, bands
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.views import average_views, central_view
 
-_BLOCK = 256  # centres that are ranked at a time; OpenVINO was seen to hold all blocks of large images at once
+_BLOCK = 256  # centres that are ranked at a time, which bounds the memory
 _SPARE_CANDIDATES = 1  # beyond those asked for, for centres that the ranking cannot tell apart
 
 

@@ -26,8 +26,9 @@ def _triangle(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
 def _cubic(offsets: Tensor, width: int | torch.SymInt) -> Tensor:
     # Keys' kernel with a = -0.5, as torch and Pillow use it when they anti-alias, times width^3.
     x = offsets.float()
-    inner = (1.5 * x - 2.5 * width) * x**2 + width**3
-    outer = ((-0.5 * x + 2.5 * width) * x - 4 * width**2) * x + 2 * width**3
+    one = width * torch.ones_like(x[..., :1, :1])  # as an integer its cube overflows in OpenVINO, which has 32 bits
+    inner = (1.5 * x - 2.5 * one) * x * x + one * one * one
+    outer = ((-0.5 * x + 2.5 * one) * x - 4 * one * one) * x + 2 * one * one * one
     return torch.where(offsets < width, inner, torch.where(offsets < 2 * width, outer, 0.0))
 
 

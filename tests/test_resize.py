@@ -145,6 +145,17 @@ def test_openvino_resizes_any_image_as_tested_in_any_precision(tmp_path: Path) -
         _assert_agrees(lambda image, model=compiled: model(image)[0], transform, tolerance)
 
 
+def test_openvino_resizes_a_large_image_bicubically(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    transform = v2.Resize((64, 64), interpolation=InterpolationMode.BICUBIC)
+    path = _export(transform, tmp_path / "model.onnx")
+    image = np.random.default_rng(0).random((1, 3, 1500, 1100), dtype=np.float32)
+    for precision, tolerance in (("f32", 2e-6), ("bf16", 0.02)):
+        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        resized = torch.as_tensor(compiled(image)[0])
+        torch.testing.assert_close(resized, transform(torch.from_numpy(image)), rtol=0, atol=tolerance)
+
+
 def test_a_fixed_input_of_the_right_size_is_not_resized(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(_export(v2.Resize((64, 48)), tmp_path / "model.onnx", (64, 48))).graph
