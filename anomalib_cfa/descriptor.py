@@ -73,6 +73,22 @@ class PatchDescriptor(nn.Module):
         self.weight[:, : len(covariance)] = whitening(covariance * scale**2, self.width, seed)
         self.bias.zero_()
 
+    def affine(self, dtype: torch.dtype | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The descriptor as a map of features as they are, their centring and scale absorbed.
+
+        Args:
+            dtype: To compute it in. Defaults to the weights' own.
+
+        Returns:
+            Weights of each level, of shape (D, C_l), of y and x, of shape (D, 2), and the offset, of shape (D,).
+        """
+        weight, bias, mean, scale = (
+            tensor.to(dtype) for tensor in (self.weight, self.bias, self.feature_mean, self.feature_scale)
+        )
+        feature_weight, coordinate_weight = weight.split([sum(self.channels), 2], dim=1)
+        feature_weight = feature_weight * scale
+        return feature_weight.split(self.channels, dim=1), coordinate_weight, bias - feature_weight @ mean
+
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Describe every patch of the finest level.
 
@@ -83,15 +99,13 @@ class PatchDescriptor(nn.Module):
             Patch descriptors of shape (B, h, w, D), contiguous, h and w being the finest level's.
         """
         height, width = pyramid[0].shape[-2:]
-        feature_weight, coordinate_weight = self.weight.split([sum(self.channels), 2], dim=1)
-        feature_weight = feature_weight * self.feature_scale
-        offset = self.bias - feature_weight @ self.feature_mean
-        at_patch = _coordinates(height, width, offset) @ coordinate_weight.T + offset
+        level_weights, coordinate_weight, offset = self.affine()
+        at_patch = patch_coordinates(height, width, offset) @ coordinate_weight.T + offset
         # Channels last throughout: as a matrix product for each level, each patch's descriptor in one piece. In place,
         # since maps of this size cost as much to allocate as to add.
         finest, *coarser = (
             F.linear(rearrange(features, "b c h w -> b h w c"), weight)
-            for features, weight in zip(pyramid, feature_weight.split(self.channels, dim=1), strict=True)
+            for features, weight in zip(pyramid, level_weights, strict=True)
         )
         descriptors: Tensor = finest.add_(at_patch)
         for level in coarser:
@@ -106,7 +120,7 @@ def _resize(maps: Tensor, height: int, width: int) -> Tensor:
     return rearrange(resized, "b d h w -> b h w d")
 
 
-def _coordinates(height: int, width: int, like: Tensor) -> Tensor:
+def patch_coordinates(height: int, width: int, like: Tensor) -> Tensor:
     """Each patch's y and x in [-1, 1], of shape (h, w, 2)."""
     y, x = (
         2 * torch.arange(size, device=like.device, dtype=like.dtype) / max(size - 1, 1) - 1 for size in (height, width)

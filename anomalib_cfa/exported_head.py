@@ -79,14 +79,12 @@ class ExportedHead(nn.Module):
         self.score = model.score
         self.neighbors = model.num_nearest_neighbors if model.score == "softmin" else 1
 
-        descriptor, centers = model.descriptor, model.memory_bank.centers.detach().double()
-        weight, mean = descriptor.weight.detach().double(), descriptor.feature_mean.double()
-        feature_weight, coordinate_weight = weight.split([len(mean), 2], dim=1)
-        feature_weight = feature_weight * descriptor.feature_scale.double()
+        centers = model.memory_bank.centers.double()
+        with torch.no_grad():
+            level_weights, coordinate_weight, offset = model.descriptor.affine(torch.float64)
         # The descriptors are centred on the bank: the smaller they are, the less rounding the ranking sees.
         origin = centers.mean(dim=0)
-        bias, centers = descriptor.bias.detach().double() - feature_weight @ mean - origin, centers - origin
-        level_weights = feature_weight.split(descriptor.channels, dim=1)
+        bias, centers = offset - origin, centers - origin
 
         self.descriptors = nn.ModuleList()
         parts = bands(level_weights, (coordinate_weight, bias, centers.T))

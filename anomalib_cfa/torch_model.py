@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -11,6 +12,7 @@ from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
 from anomalib_cfa.bank_building import BankBuilder, EmaBank, KMeansBank, MeanBank
 from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
+from anomalib_cfa.folded_bank import FoldedBank
 from anomalib_cfa.memory_bank import MemoryBank
 from anomalib_cfa.patch_features import PatchFeatures
 from anomalib_cfa.views import average_views, central_view
@@ -72,6 +74,16 @@ class CfaModel(nn.Module):
         self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
+        self._folded_bank: FoldedBank | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded_bank": None}
+
+    def train(self, mode: bool = True) -> "CfaModel":
+        """Go to training mode, or to evaluation mode."""
+        if mode:
+            self._folded_bank = None
+        return super().train(mode)
 
     def bank_builder(
         self, broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor, processes: int = 1, process: int = 0
@@ -178,7 +190,7 @@ class CfaModel(nn.Module):
 
     def _block_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
         neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
+        squared, indices = self._folded().nearest(pyramid, neighbors)
         distances = squared.sqrt()
         if self.score == "softmin":
             return softmin_scores(distances)
@@ -186,6 +198,14 @@ class CfaModel(nn.Module):
             calibrated: Tensor = self.calibration(distances[..., 0], indices[..., 0])
             return calibrated
         return distances[..., 0]
+
+    def _folded(self) -> FoldedBank:
+        """The bank for the descriptor at rest, made anew where they are no longer what it was made of."""
+        folded, centers = self._folded_bank, self.memory_bank.centers
+        if folded is None or not folded.is_of(self.descriptor, centers):
+            # Made aside and then put in place whole: several threads may arrive here at once.
+            folded = self._folded_bank = FoldedBank(self.descriptor, centers)
+        return folded
 
     def forward(self, images: Tensor) -> Tensor | InferenceBatch:
         """Distances in training, predictions otherwise.
