@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import faiss
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.descriptor import PatchDescriptor, patch_coordinates
+from anomalib_cfa.pyramid_projection import turned
 from anomalib_cfa.search import squared_distances
 
 _SPARE_CANDIDATES = 2  # beyond k, for centres that the ranking's rounding cannot tell apart
@@ -113,32 +113,12 @@ def _fold(descriptor: PatchDescriptor, centers: Tensor) -> tuple[list[list[Tenso
         finest[:, -1] += chosen.square().sum(dim=1) / 2
         rankings.append([finest, *coarser])
 
-    turn, level_weights = _turned(level_weights)
+    turn, level_weights = turned(level_weights)
     descriptors = [
         ([weight[start : start + columns] for weight in level_weights], centers @ turn[start : start + columns].T)
         for start in range(0, len(turn), columns)
     ]
     return rankings, descriptors
-
-
-def _turned(level_weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Turn a linear map's output channels so that as many as possible read coarse levels alone.
-
-    After the turn of a QR decomposition the first C_1 channels read every level, the next C_2 all but the finest, and
-    so on.
-
-    Args:
-        level_weights: Weights of shape (D, C_l), finest first.
-
-    Returns:
-        The turn, of shape (D, D), and the level weights, each without the channels that do not read it.
-    """
-    *finer, coarsest = level_weights
-    if not finer:
-        return torch.eye(len(coarsest), device=coarsest.device), [coarsest]
-    turn = torch.linalg.qr(torch.cat(finer, dim=1), mode="complete").Q.T
-    stops = accumulate(weight.shape[1] for weight in finer)
-    return turn, [*(turn[:stop] @ weight for weight, stop in zip(finer, stops, strict=True)), turn @ coarsest]
 
 
 class _Projection:

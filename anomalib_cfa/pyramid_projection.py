@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def _coordinates(size: int, device: torch.device) -> Tensor:
     return scaled
 
 
-def bands(level_weights: Sequence[Tensor], rest: Sequence[Tensor]) -> list[tuple[list[Tensor | None], list[Tensor]]]:
+def turned(level_weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Turn the output channels of a linear map so that as many as possible read coarse levels alone.
 
     An orthogonal turn leaves distances as they are. After that of a QR decomposition the first C_1 channels read every
@@ -115,20 +115,34 @@ def bands(level_weights: Sequence[Tensor], rest: Sequence[Tensor]) -> list[tuple
 
     Args:
         level_weights: Weights of shape (D, C_l), finest first.
+
+    Returns:
+        The turn, of shape (D, D), and the turned level weights, each without the last channels if they do not read it.
+    """
+    *finer, coarsest = level_weights
+    # On the CPU, as not every accelerator has it.
+    read = torch.cat([coarsest[:, :0], *finer], dim=1).cpu()
+    turn = torch.linalg.qr(read, mode="complete").Q.T.to(coarsest.device)
+    stops = accumulate(weight.shape[1] for weight in finer)
+    return turn, [*(turn[:stop] @ weight for weight, stop in zip(finer, stops, strict=True)), turn @ coarsest]
+
+
+def bands(level_weights: Sequence[Tensor], rest: Sequence[Tensor]) -> list[tuple[list[Tensor | None], list[Tensor]]]:
+    """Part the output channels of a linear map, :func:`turned`, by the levels that they read.
+
+    Args:
+        level_weights: Weights of shape (D, C_l), finest first.
         rest: What lives in the same D channels and is turned with them, of shape (D, ...).
 
     Returns:
-        For each band of channels the level weights, None for those that are all zero, and its part of the rest.
+        For each band of channels the level weights, None for those that it does not read, and its part of the rest.
     """
-    joined = torch.cat(list(level_weights), dim=1)
-    turn = torch.linalg.qr(joined, mode="complete").Q.T
-    widths = [weight.shape[1] for weight in level_weights]
-    stops = [*accumulate(widths[:-1]), len(joined)]
-    found, start = [], 0
-    for band, stop in enumerate(min(stop, len(joined)) for stop in stops):
-        if start < stop:
-            part = turn[start:stop]
-            weights = [part @ weight if level >= band else None for level, weight in enumerate(level_weights)]
-            found.append((weights, [part @ other for other in rest]))
-        start = max(start, stop)
-    return found
+    turn, level_weights = turned(level_weights)
+    stops = sorted({len(weight) for weight in level_weights})
+    return [
+        (
+            [weight[start:stop] if stop <= len(weight) else None for weight in level_weights],
+            [turn[start:stop] @ other for other in rest],
+        )
+        for start, stop in pairwise([0, *stops])
+    ]
