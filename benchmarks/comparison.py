@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
     parser.add_argument("--epochs", type=int, help="of this Cfa; default: as the model has it")
+    parser.add_argument("--gamma-c", type=float, help="of this Cfa; default: as the model has it")
     parser.add_argument("--anomalib-epochs", type=int, default=1, help="of anomalib's Cfa; default: %(default)s")
     parser.add_argument("--coreset", type=float, default=0.01, help="PatchCore's share kept; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results/comparison"), help="default: %(default)s")
@@ -87,8 +88,9 @@ def plan(arguments: argparse.Namespace) -> Iterator[Task]:
         "test_step": 4 if arguments.quick else 1,
         "threads": arguments.threads,
     }
+    gamma_c = {} if arguments.gamma_c is None else {"gamma_c": arguments.gamma_c}
     own = {
-        CFA: {"epochs": arguments.epochs},
+        CFA: {"epochs": arguments.epochs, **gamma_c},
         ANOMALIB_CFA: {"epochs": arguments.anomalib_epochs, "gamma_c": 1},
         PATCHCORE: {"coreset": arguments.coreset},
         PADIM: {},

@@ -35,6 +35,8 @@ def _label(model: str, runs: Sequence[Run]) -> str:
     parts = [f"{len(runs)} seeds"]
     if "epochs" in task:
         parts.append(f"{result['epochs']} epochs")
+    if "gamma_c" in task:
+        parts.append(f"gamma_c {task['gamma_c']:g}")
     if "coreset" in task:
         parts.append(f"coreset {task['coreset']:g}")
     return f"{model} ({', '.join(parts)})"

@@ -80,7 +80,7 @@ GROUPS: dict[str, list[Variant]] = {
         *_each("bank", ["kmeans", "mean", "ema"], FEW, descriptor_start="random"),
         *_each("beta", [0.01, 0.1], FEW, descriptor_start="random", bank="ema"),
     ],
-    "gamma_c": _each("gamma_c", [1, 2, 4, 16]),
+    "gamma_c": _each("gamma_c", [1, 0.25, 2, 4, 16]),
     "gamma_d": _each("gamma_d", [1, 2, 4]),
     "start": _each("descriptor_start", ["whitened", "random"], MORE),
     # A bank that is large enough for an index, trained so that the descriptor moves.

@@ -23,7 +23,7 @@ def result(value=0.5):
 
 def arguments(output, **others):
     settings = {"data": Path("tile"), "weights_path": Path("file"), "quick": True, "model": None, "seeds": 2}
-    settings |= {"threads": 1, "epochs": None, "anomalib_epochs": 1, "coreset": 0.01, "output": output}
+    settings |= {"threads": 1, "epochs": None, "gamma_c": None, "anomalib_epochs": 1, "coreset": 0.01, "output": output}
     return Namespace(**(settings | others))
 
 
@@ -53,6 +53,19 @@ def test_the_table_gives_mean_and_deviation_over_seeds():
     line = f"| PatchCore (2 seeds, coreset 0.01) | {spread} | {spread} | {spread} | 10.0 s | 1.00 GiB | 25.0 ms | 256 |"
     assert line in text
     assert "6 training and 8 test images" in text
+
+
+def test_gamma_c_is_that_of_this_cfa_alone(tmp_path):
+    tasks = list(comparison.plan(arguments(tmp_path, gamma_c=0.25, seeds=1)))
+    given = {task["model"]: task.get("gamma_c") for task in tasks}
+    assert given == {
+        comparison.CFA: 0.25,
+        comparison.PADIM: None,
+        comparison.PATCHCORE: None,
+        comparison.ANOMALIB_CFA: 1,
+    }
+    assert "this Cfa (1 seeds, 1 epochs, gamma_c 0.25)" in markdown([{"task": tasks[0], "result": result()}])
+    assert comparison_run.build({**tasks[0], "weights_path": None}).hparams["gamma_c"] == 0.25
 
 
 @pytest.fixture(scope="module")
