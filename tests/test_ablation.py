@@ -32,7 +32,8 @@ def test_the_folds_part_the_images(numbers, fold):
     images = [Path(f"exp_{number}.png") for number in numbers]
     training, validation = held_out.split(images, fold)
     assert sorted(training + validation) == sorted(images)
-    assert 0.1 < len(validation) / len(images) < 0.3
+    # Where its borders move, a run of neighbours may lose all but one image, or become twice as long.
+    assert 5 <= len(validation) <= 0.4 * len(images) + 5
     others = [set(held_out.split(images, other)[1]) for other in range(held_out.FOLDS)]
     assert set.union(*others) == set(images)
     assert sum(map(len, others)) == len(images)
