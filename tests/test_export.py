@@ -126,10 +126,11 @@ def test_thresholds_and_normalization_survive(tmp_path):
     model = fitted(tiny())
     images = [torch.rand(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)]
     with torch.no_grad():
-        raw = [model.model.eval()(model.pre_processor(image)).pred_score for image in images]
-    model.post_processor._image_threshold.copy_(torch.cat(raw).mean())
-    model.post_processor.image_min.copy_(torch.cat(raw).min() - 1)
-    model.post_processor.image_max.copy_(torch.cat(raw).max() + 1)
+        raw = torch.cat([model.model.eval()(model.pre_processor(image)).pred_score for image in images])
+    between = raw.max() - raw.min()
+    model.post_processor._image_threshold.copy_(raw.mean())
+    model.post_processor.image_min.copy_(raw.min() - between)
+    model.post_processor.image_max.copy_(raw.max() + between)
     assert {bool(predict(model, image)["pred_label"][0]) for image in images} == {False, True}
     path, onnx_path = model.to_openvino(tmp_path), model.to_onnx(tmp_path)
     for image in images:
