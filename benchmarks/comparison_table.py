@@ -32,7 +32,7 @@ def markdown(runs: Sequence[Run]) -> str:
 
 def _label(model: str, runs: Sequence[Run]) -> str:
     task, result = runs[0]["task"], runs[0]["result"]
-    parts = [f"{len(runs)} seeds"]
+    parts = ["1 seed" if len(runs) == 1 else f"{len(runs)} seeds"]
     if "epochs" in task:
         parts.append(f"{result['epochs']} epochs")
     if "gamma_c" in task:

@@ -39,6 +39,13 @@ def test_the_folds_part_the_images(numbers, fold):
     assert sum(map(len, others)) == len(images)
 
 
+@given(st.integers(50, 800), st.integers(1, 100), st.integers(0, 9))
+def test_a_fold_of_evenly_numbered_images_is_a_fifth(count, step, fold):
+    images = [Path(f"exp_{step * number}.png") for number in range(count)]
+    _, validation = held_out.split(images, fold)
+    assert 0.15 < len(validation) / count < 0.25
+
+
 def test_photographs_of_one_object_stay_on_one_side():
     images = [Path(f"exp{shot}_num_{1000 * thing + 15 * shot}.jpg") for thing in range(50) for shot in range(1, 4)]
     for fold in range(held_out.FOLDS):

@@ -64,7 +64,7 @@ def test_gamma_c_is_that_of_this_cfa_alone(tmp_path):
         comparison.PATCHCORE: None,
         comparison.ANOMALIB_CFA: 1,
     }
-    assert "this Cfa (1 seeds, 1 epochs, gamma_c 0.25)" in markdown([{"task": tasks[0], "result": result()}])
+    assert "this Cfa (1 seed, 1 epochs, gamma_c 0.25)" in markdown([{"task": tasks[0], "result": result()}])
     assert comparison_run.build({**tasks[0], "weights_path": None}).hparams["gamma_c"] == 0.25
 
 
