@@ -40,10 +40,10 @@ def test_the_folds_part_the_images(numbers, fold):
 
 
 @given(st.integers(50, 800), st.integers(1, 100), st.integers(0, 9))
-def test_a_fold_of_evenly_numbered_images_is_a_fifth(count, step, fold):
+def test_a_fold_of_evenly_numbered_images_is_about_a_fifth(count, step, fold):
     images = [Path(f"exp_{step * number}.png") for number in range(count)]
     _, validation = held_out.split(images, fold)
-    assert 0.15 < len(validation) / count < 0.25
+    assert 0.1 < len(validation) / count < 0.3
 
 
 def test_photographs_of_one_object_stay_on_one_side():
