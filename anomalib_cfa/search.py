@@ -22,7 +22,8 @@ _FEWEST_FOR_LISTS = 2048  # centres; fewer are compared with all as fast
 class NeighborSearch:
     """Finds the centres of the memory bank nearest to each patch descriptor, as targets of a training step.
 
-    - ``"exact"``: among all centres, by matrix products.
+    - ``"exact"``: among all centres, by matrix products. Rounding decides between two that are as near, see
+      :func:`nearest_centers`.
     - ``"ivf"``: in FAISS's inverted file, which compares a patch with a share of the centres that falls as the bank
       grows; small banks are searched exactly.
     - ``"hnsw"``: along FAISS's graph, whose cost hardly grows.
@@ -106,8 +107,9 @@ def nearest_centers(queries: Tensor, centers: Tensor, k: int) -> tuple[Tensor, T
     """Find each query's k nearest centres among all, with torch alone, on any device.
 
     Candidates are ranked by ``|c|^2 / 2 - q.c``, in bfloat16 where the processor computes in it, and more of them than
-    are wanted are then ranked by their distances as sums of squared differences. Of the matrix of all scores a block
-    of rows is held at a time.
+    are wanted are then ranked by their distances as sums of squared differences. What is found is the nearest but for
+    the ranking's rounding: a centre is missed only where more others than there are spare candidates are as near.
+    Of the matrix of all scores a block of rows is held at a time.
 
     Args:
         queries: Patch descriptors of shape (Q, D).

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from unittest import mock
 
 import faiss
 import plain
@@ -92,6 +93,32 @@ def test_smallest_values_are_those_that_topk_finds(rows, groups, k, seed):
     indices = _smallest(scores, k)
     assert all(len(set(row)) == k for row in indices.tolist())
     assert torch.equal(scores.gather(1, indices), scores.topk(k, largest=False).values)
+
+
+@settings(max_examples=60)
+@given(
+    count=st.integers(1, 80),
+    width=st.integers(1, 24),
+    spread=st.floats(1e-3, 1),
+    offset=st.sampled_from([0.0, 3.0]),
+    k=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_ranking_in_bfloat16_misses_no_more_than_its_rounding(count, width, spread, offset, k, seed):
+    k = min(k, count)
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(1, width, generator=generator) + spread * torch.randn(count, width, generator=generator)
+    queries = offset + torch.randn(20, width, generator=generator)
+    with mock.patch("anomalib_cfa.search._ranking_dtype", mock.Mock(return_value=torch.bfloat16)):
+        found = nearest_centers(queries, centers, k)[0]
+    # A score |v|^2 / 2 - q.v has both factors, the norm and itself rounded; a squared distance is twice a score, and
+    # both what was found and what was missed may be off.
+    vectors = (centers - centers.mean(dim=0)).norm(dim=1).max()
+    lengths = (queries - centers.mean(dim=0)).norm(dim=1, keepdim=True)
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    bound = 2 * 2 * 4 * rounding * (vectors * lengths + vectors.square() / 2)
+    nearest = plain.squared_distances(queries.double(), centers.double(), k)
+    assert (found <= nearest * (1 + 1e-5) + 1e-6 + bound).all()
 
 
 def test_nan_is_at_no_distance(bank):

@@ -1,7 +1,9 @@
+from unittest import mock
+
 import plain
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from anomalib_cfa.blockwise import sum_over_blocks
@@ -22,7 +24,10 @@ def built(backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, 
     return model
 
 
+# The formula in float32: where candidates are ranked in bfloat16, tests/test_search.py bounds what that may miss.
+@mock.patch("anomalib_cfa.search._ranking_dtype", mock.Mock(return_value=torch.float32))
 @settings(max_examples=25)
+@example("test_efficientnet", (2, 5), 1, "all", 0.0, "exact", 59)
 @given(
     backbone=st.sampled_from(BACKBONES),
     size=st.tuples(st.integers(2, 5), st.integers(2, 5)),
