@@ -13,19 +13,22 @@ from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from numpy.typing import NDArray
 
 from anomalib_cfa.demo import defects
+from anomalib_cfa.demo.camera import Field, blend, grid, noise, step
+from anomalib_cfa.demo.camera import Picture as Colours
 from anomalib_cfa.demo.scenes import Scene
 
 FOLDS = 5
 _BLOCKS_PER_FOLD = 5
 _SLACK = 8  # images by which a block's border may move to the largest gap between numbers
 _DRAWN = (defects.crack, defects.gray_stroke, defects.oil, defects.scratch)
+_VISIBLE = 0.25  # opacity from which a pixel counts as defective
 Picture = NDArray[np.uint8]
 
 
 def lay_out(images: Sequence[Path], folder: Path, fold: int) -> None:
     """Split normal images, and make the validation set, once.
 
-    The folder then holds ``train/good``, ``test/good``, and for both kinds of defect ``test/<kind>`` with
+    The folder then holds ``train/good``, ``test/good``, and for each kind of defect ``test/<kind>`` with
     ``ground_truth/<kind>``. Every held-out image is there three times: as it is, and with a defect of each kind.
 
     Args:
@@ -118,10 +121,7 @@ def draw(rng: np.random.Generator, image: Picture, number: int) -> tuple[Picture
     Returns:
         The image and its mask, 0 or 255, both of shape (H, W, 3).
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-    window = np.s_[top : top + side, left : left + side]
+    window, side = _square(rng, image)
     before = (image[window] / 255).astype(np.float32)
     after, mask = _DRAWN[number % len(_DRAWN)](rng, Scene(before, np.ones((side, side), dtype=bool)))
     opacity = rng.uniform(0.3, 0.7)
@@ -129,6 +129,68 @@ def draw(rng: np.random.Generator, image: Picture, number: int) -> tuple[Picture
     damaged[window] = _quantised((1 - opacity) * before + opacity * after, image)
     truth[window] = np.where(mask, 255, 0)[..., None]
     return damaged, truth
+
+
+def spread(rng: np.random.Generator, image: Picture, number: int) -> tuple[Picture, Picture]:
+    """Change the surface itself over a wide part with a soft edge: light, contrast, sharpness and shape take turns.
+
+    What perlin noise and drawn defects leave out: nothing is added, and no edge gives the place away.
+
+    Args:
+        rng: Source of randomness.
+        image: RGB of shape (H, W, 3).
+        number: Chooses what is changed.
+
+    Returns:
+        The image and its mask, 0 or 255, both of shape (H, W, 3).
+    """
+    window, side = _square(rng, image)
+    before = (image[window] / 255).astype(np.float32)
+    change = (_shade, _fade, _soften, _warp)[number % 4]
+    opacity = _soft_spot(rng, side)
+    damaged, truth = image.copy(), np.zeros_like(image)
+    damaged[window] = _quantised(blend(before, change(rng, before), opacity), image)
+    truth[window] = np.where(opacity > _VISIBLE, 255, 0)[..., None]
+    return damaged, truth
+
+
+def _soft_spot(rng: np.random.Generator, side: int) -> Field:
+    y, x = grid(side)
+    centre_y, centre_x = rng.uniform(-0.6, 0.6, 2)
+    radius = rng.uniform(0.35, 0.8)
+    ragged = 1 - np.hypot(y - centre_y, x - centre_x) / radius + 0.3 * noise(rng, side, 0.12 * side)
+    return step(np.asarray(ragged, dtype=np.float32), 0.4)
+
+
+def _shade(rng: np.random.Generator, picture: Colours) -> Colours:
+    return picture * np.float32(1 + rng.choice([-1, 1]) * rng.uniform(0.15, 0.35))
+
+
+def _fade(rng: np.random.Generator, picture: Colours) -> Colours:
+    mean = picture.mean(axis=(0, 1))
+    return mean + (picture - mean) * np.float32(rng.uniform(0.3, 0.6))
+
+
+def _soften(rng: np.random.Generator, picture: Colours) -> Colours:
+    sigma = rng.uniform(1.5, 3) * len(picture) / 256
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), sigmaX=sigma), dtype=np.float32)
+
+
+def _warp(rng: np.random.Generator, picture: Colours) -> Colours:
+    side = len(picture)
+    rows, columns = np.indices((side, side), dtype=np.float32)
+    amount = rng.uniform(3, 6) * side / 256
+    map_y, map_x = (axis + amount * noise(rng, side, 6 * side / 256) for axis in (rows, columns))
+    warped = cv2.remap(picture, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(warped, dtype=np.float32)
+
+
+def _square(rng: np.random.Generator, image: Picture) -> tuple[tuple[slice, slice], int]:
+    """A square part of an image, as large as it can be, and its side."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+    return np.s_[top : top + side, left : left + side], side
 
 
 def _quantised(picture: NDArray[np.float32], like: Picture) -> Picture:
@@ -141,6 +203,7 @@ def _quantised(picture: NDArray[np.float32], like: Picture) -> Picture:
 KINDS: dict[str, Callable[[np.random.Generator, Picture, int], tuple[Picture, Picture]]] = {
     "perlin": perlin,
     "drawn": draw,
+    "spread": spread,
 }
 
 

@@ -95,7 +95,7 @@ def test_a_run_judges_each_kind_of_defect_at_each_epoch(many_images, tmp_path, m
     ((key, _),) = ablation.plan(given)
     run = carry_out(key, variant, given)
     rows = [(row["side"], row["epochs"], row["kind"]) for row in run["judged"] if row["score"] == "calibrated"]
-    kinds = {"validation": ["drawn", "perlin"], "test": ["crack", "gray_stroke", "oil"]}
+    kinds = {"validation": ["drawn", "perlin", "spread"], "test": ["crack", "gray_stroke", "oil"]}
     assert rows == [(side, epochs, kind) for epochs in (0, 1, 2) for side in kinds for kind in kinds[side]]
     assert all(0 <= row[metric] <= 1 for row in run["judged"] for metric in ("image_auroc", "pixel_auroc", "aupro"))
     nothing = carry_out(key, replace(variant, epochs=(0,)), given)
