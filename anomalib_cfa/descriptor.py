@@ -56,7 +56,7 @@ class PatchDescriptor(nn.Module):
         return self.weight.shape[0]
 
     @torch.no_grad()
-    def start_whitened(self, mean: Tensor, covariance: Tensor, seed: int) -> None:
+    def start_whitened(self, mean: Tensor, covariance: Tensor, seed: int, power: float) -> None:
         """Start from weights that whiten the patch features; those of the coordinates stay.
 
         From then on the features are centred, too: else the first steps would move all patches alike, and far.
@@ -65,12 +65,13 @@ class PatchDescriptor(nn.Module):
             mean: Mean of the patch features, of shape (C,).
             covariance: Covariance of the patch features, of shape (C, C), C being the channels of all levels.
             seed: Chooses the D of C directions where the descriptor is narrower.
+            power: How far variances are evened out, from 0, not at all, to 1.
         """
         deviation = covariance.diagonal().mean().sqrt().clamp(min=1e-6)
         scale = _FEATURE_DEVIATION / deviation
         self.feature_scale.copy_(scale)
         self.feature_mean.copy_(mean)
-        self.weight[:, : len(covariance)] = whitening(covariance * scale**2, self.width, seed)
+        self.weight[:, : len(covariance)] = whitening(covariance * scale**2, self.width, seed, power)
         self.bias.zero_()
 
     def affine(self, dtype: torch.dtype | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:

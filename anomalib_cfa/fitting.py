@@ -18,7 +18,9 @@ _IMAGES_FOR_CALIBRATION = 64
 
 
 @torch.no_grad()
-def build_memory_bank(model: CfaModel, features: TrainingFeatures, strategy: Strategy, *, whitened: bool) -> None:
+def build_memory_bank(
+    model: CfaModel, features: TrainingFeatures, strategy: Strategy, *, whitening: float | None
+) -> None:
     """Start the descriptor, and build the memory bank with it in one pass over the normal training images.
 
     All processes end with the same, bit for bit.
@@ -27,20 +29,20 @@ def build_memory_bank(model: CfaModel, features: TrainingFeatures, strategy: Str
         model: The network, its backbone's weights loaded.
         features: Of the training images.
         strategy: Knows the processes.
-        whitened: Whether the descriptor starts whitened, rather than as it was initialised.
+        whitening: How far the descriptor's start evens out variances, from 0 to 1; None for a random start.
 
     Raises:
         ValueError: If the bank would have fewer than K + J centres, or the images differ in size.
     """
     total = partial(strategy.reduce, reduce_op="sum")
-    if whitened:
+    if whitening is not None:
         statistics = PatchStatistics()
         for pyramid in features.pyramids("Reading patch features", most=_IMAGES_FOR_STATISTICS):
             _check_patches(model, pyramid[0].shape[-2] * pyramid[0].shape[-1])
             statistics.update(pyramid)
         statistics.merge(total)
         mean, covariance = strategy.broadcast(statistics.moments())
-        model.descriptor.start_whitened(mean, covariance, model.seed)
+        model.descriptor.start_whitened(mean, covariance, model.seed, whitening)
 
     processes, process = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
     builder = model.bank_builder(strategy.broadcast, processes, process)

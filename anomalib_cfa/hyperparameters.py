@@ -33,6 +33,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (_is_number(value) and 0 < value <= 1),
     ),
     "descriptor_start": ("'whitened' or 'random'", lambda value: value in ("whitened", "random")),
+    "whitening": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
     "score": (
         "'calibrated', 'nearest' or 'softmin'",
         lambda value: value in ("calibrated", "nearest", "softmin"),

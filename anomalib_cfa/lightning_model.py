@@ -62,8 +62,10 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         bank: How the centres are made: ``"kmeans"`` over patches of all images; the ``"mean"`` of each position, as the
             authors' code has it; or the paper's ``"ema"`` of nearest neighbours.
         beta: The EMA's weight of the newest image. None: 1 / i.
-        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"``, by which the target's patch
-            features vary alike in every direction, or the paper's, ``"random"``.
+        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"``, which even out how much the
+            target's patch features vary in each direction, or the paper's, ``"random"``.
+        whitening: How far a whitened start goes: with 1 they vary alike in every direction, with 0 as they are, at 0.5
+            half-way between.
         learn_radius: Whether the radius is trained with the descriptor.
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
         nu: The loss is multiplied by 1 / nu.
@@ -108,6 +110,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         bank: str = "kmeans",
         beta: float | None = None,
         descriptor_start: str = "whitened",
+        whitening: float = 0.5,
         learn_radius: bool = True,
         alpha: float = 0.1,
         nu: float = 1e-3,
@@ -133,6 +136,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             bank=bank,
             beta=beta,
             descriptor_start=descriptor_start,
+            whitening=whitening,
             score=score,
             alpha=alpha,
             nu=nu,
@@ -258,8 +262,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
         else:
             self.model.patch_features.load_weights()
-            whitened = self.hparams["descriptor_start"] == "whitened"
-            build_memory_bank(self.model, self._features, self.trainer.strategy, whitened=whitened)
+            whitening = self.hparams["whitening"] if self.hparams["descriptor_start"] == "whitened" else None
+            build_memory_bank(self.model, self._features, self.trainer.strategy, whitening=whitening)
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""

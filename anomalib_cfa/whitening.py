@@ -1,8 +1,9 @@
-"""A start for the patch descriptor that fits the target: whitened patch features.
+"""A start for the patch descriptor that fits the target: patch features whitened, or partly so.
 
 At a random start the distance between patches is that of raw ImageNet features: dominated by the few directions in
 which they vary most, which on a target are nuisances (exposure, contrast) that differ between normal images. Training
-contracts these directions, over many epochs. Whitening contracts them before the first step.
+contracts these directions, over many epochs. Whitening contracts them before the first step. Half of it is best: what
+varies most is not all nuisance, and what hardly varies is mostly noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,16 +58,18 @@ class PatchStatistics:
         return mean, self.products / self.count - torch.outer(mean, mean)
 
 
-def whitening(covariance: Tensor, width: int, seed: int) -> Tensor:
-    """A linear map after which features of this covariance have about the same variance in every direction.
+def whitening(covariance: Tensor, width: int, seed: int, power: float) -> Tensor:
+    """A linear map that evens out the variances of features of this covariance.
 
-    It is scaled so that a whitened feature lies at a squared distance of about 1 from their mean, whatever the
-    backbone: the radius and the margin of the loss are on that scale.
+    A variance v becomes about v to the power of 1 - ``power``. The map is scaled so that the squared distance of a
+    mapped feature from their mean is 1 on average, whatever the backbone: the radius and the margin of the loss are on
+    that scale.
 
     Args:
         covariance: Covariance of shape (C, C).
         width: Output channels D. If fewer than C: those of a random rotation; if more: the rest is zero.
         seed: Governs the rotation.
+        power: 1 makes all variances alike, 0 leaves their proportions as they are.
 
     Returns:
         The map, of shape (D, C).
@@ -74,8 +77,9 @@ def whitening(covariance: Tensor, width: int, seed: int) -> Tensor:
     channels = len(covariance)
     variances, axes = torch.linalg.eigh(covariance)
     variances = variances.clamp(min=0)
-    scale = (variances + _SHRINKAGE * variances.mean().clamp(min=1e-12)).rsqrt()
-    weight = scale[:, None] * axes.T / min(width, channels) ** 0.5
+    scale = (variances / variances.mean().clamp(min=1e-12) + _SHRINKAGE).pow(-power / 2)
+    squared_distance = (scale.square() * variances).sum() * min(width, channels) / channels
+    weight = scale[:, None] * axes.T / squared_distance.clamp(min=1e-12).sqrt()
     if width < channels:
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(channels, width, generator=generator, dtype=torch.float64).to(weight.device)

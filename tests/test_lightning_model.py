@@ -78,6 +78,19 @@ def test_fit_builds_the_bank_and_trains_descriptor_and_radius_but_not_the_backbo
     }
 
 
+def test_the_descriptor_starts_as_far_whitened_as_is_asked(rendered_mvtec, tmp_path):
+    spreads = []
+    for whitening in (0, 0.5, 1):
+        model = tiny(whitening=whitening, lr=1e-9)
+        engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
+        stretched = torch.linalg.svdvals(model.model.descriptor.weight.detach()[:, :-2])
+        spreads.append(float(stretched.max() / stretched.min()))
+    none, half, whole = spreads
+    assert none == pytest.approx(1, abs=1e-3)
+    assert half**2 == pytest.approx(whole, rel=1e-2)
+    assert half > 2
+
+
 def test_test_gives_image_and_pixel_metrics(fitted, rendered_mvtec, tmp_path):
     (metrics,) = engine(tmp_path).test(fitted[0], datamodule=mvtec(rendered_mvtec))
     assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}

@@ -11,23 +11,35 @@ def covariance_of(points: torch.Tensor) -> torch.Tensor:
     return torch.cov(points.double().T, correction=0)
 
 
-def test_whitened_features_vary_alike_in_every_direction_at_a_squared_distance_of_one():
+@pytest.mark.parametrize("width", [6, 12, 20])
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_whitening_raises_variances_to_a_power_at_a_squared_distance_of_one(power, width):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(5000, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-    mapped = (points.double() - points.double().mean(dim=0)) @ whitening(covariance_of(points), 12, seed=0).T
-    variances = torch.linalg.eigvalsh(covariance_of(mapped))
-    assert variances.max() / variances.min() < 3  # the shrinkage keeps the least of them smaller
-    assert 0.8 < mapped.square().sum(dim=1).mean() < 1.01
+    covariance = covariance_of(points)
+    mapped = (points.double() - points.double().mean(dim=0)) @ whitening(covariance, width, seed=0, power=power).T
+    assert mapped.square().sum(dim=1).mean() == pytest.approx(1, rel=0.6 if width < 12 else 1e-5)
+    if width >= 12:
+        before = torch.linalg.eigvalsh(covariance)
+        wanted = before * (before + 0.01 * before.mean()).pow(-power)  # the least of them stay small
+        after = torch.linalg.eigvalsh(covariance_of(mapped))[-12:]
+        torch.testing.assert_close(after, (wanted / wanted.sum()).sort().values)
 
 
 @settings(max_examples=30)
-@given(channels=st.integers(1, 10), width=st.integers(1, 20), rank=st.integers(0, 10), seed=st.integers(0, 999))
-def test_any_covariance_gives_a_finite_map(channels, width, rank, seed):
+@given(
+    channels=st.integers(1, 10),
+    width=st.integers(1, 20),
+    rank=st.integers(0, 10),
+    seed=st.integers(0, 999),
+    power=st.floats(0, 1),
+)
+def test_any_covariance_gives_a_finite_map(channels, width, rank, seed, power):
     factor = torch.randn(channels, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    weight = whitening(factor @ factor.T, width, seed)
+    weight = whitening(factor @ factor.T, width, seed, power)
     assert weight.shape == (width, channels)
     assert weight.isfinite().all()
-    assert torch.equal(weight, whitening(factor @ factor.T, width, seed))
+    assert torch.equal(weight, whitening(factor @ factor.T, width, seed, power))
 
 
 def test_statistics_are_of_the_pyramid_at_the_finest_resolution():
@@ -48,13 +60,13 @@ def test_descriptor_starts_whitened_and_keeps_its_coordinates():
     coordinates = descriptor.weight[:, -2:].clone()
     generator = torch.Generator().manual_seed(0)
     points = 3 + torch.randn(2000, 6, generator=generator) * torch.tensor([10.0, 5, 1, 1, 1, 1])
-    descriptor.start_whitened(points.mean(dim=0), covariance_of(points), seed=1)
+    descriptor.start_whitened(points.mean(dim=0), covariance_of(points), seed=1, power=1)
     assert torch.equal(descriptor.weight[:, -2:], coordinates)
     assert (points * descriptor.feature_scale).var(dim=0).mean().sqrt() == pytest.approx(0.1, rel=0.01)
     described = descriptor([points[:, :4, None, None], points[:, 4:, None, None]]).flatten(1).detach()
     variances = covariance_of(described).diagonal()
     assert variances.max() / variances.min() < 1.5
-    assert 0.8 < variances.sum() < 1.01
+    assert variances.sum() == pytest.approx(1, rel=1e-4)
     mean = points.mean(dim=0)[None, :, None, None]
     coordinate_part = descriptor([mean[:, :4], mean[:, 4:]]).flatten()
     torch.testing.assert_close(described.mean(dim=0), coordinate_part.detach(), atol=1e-4, rtol=0)
