@@ -22,6 +22,7 @@ from ablation_run import carry_out
 from ablation_table import markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from synthetic_defects import KINDS
 from variants import GROUPS, Variant
 
 from anomalib_cfa.demo.render import CATEGORIES
@@ -102,7 +103,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[tuple[Key, Variant]]:
                     settings = {"data": data, "seed": seed, "size": arguments.size, "images": arguments.images}
                     settings |= {"weights": weights, "test": arguments.report_test, "group": group}
                     options = variant.model_options(arguments.size, seed)
-                    key = {**settings, "variant": {**asdict(variant), "options": options}}
+                    key = {**settings, "defects": list(KINDS)}
+                    key["variant"] = {**asdict(variant), "options": options}
                     yield json.loads(json.dumps(key)), variant
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablation
 import held_out
+import synthetic_defects
 import variants
 from ablation_run import CosineSchedule, carry_out
 from ablation_table import markdown
@@ -55,12 +56,12 @@ def test_photographs_of_one_object_stay_on_one_side():
         assert not training & validation
 
 
-@pytest.mark.parametrize("kind", list(held_out.KINDS))
+@pytest.mark.parametrize("kind", list(synthetic_defects.KINDS))
 def test_a_defect_changes_the_image_under_its_mask_and_hardly_elsewhere(kind):
     image = np.random.default_rng(0).integers(100, 140, (80, 100, 1), dtype=np.uint8).repeat(3, axis=-1)
     for number in range(4):
-        damaged, mask = held_out.KINDS[kind](np.random.default_rng(number), image, number)
-        again, _ = held_out.KINDS[kind](np.random.default_rng(number), image, number)
+        damaged, mask = synthetic_defects.KINDS[kind](np.random.default_rng(number), image, number)
+        again, _ = synthetic_defects.KINDS[kind](np.random.default_rng(number), image, number)
         assert (damaged == again).all()
         assert set(np.unique(mask)) == {0, 255}
         difference = np.abs(damaged.astype(int) - image)
