@@ -3,10 +3,11 @@
 All get the same backbone weights and pixels; each model and seed has a process of its own. Finished
 ones are lines of ``comparison.jsonl``; a rerun goes on with what is missing, and writes ``comparison.md``.
 
-    python benchmarks/comparison.py --weights-path FILE --data FOLDER [--quick]
+    python benchmarks/comparison.py --weights-path FILE --data FOLDER [--quick] [--option gamma_c=0.25]
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 from comparison_table import markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from anomalib_cfa import Cfa
 
 RUN = Path(__file__).with_name("comparison_run.py")
 CFA, ANOMALIB_CFA, PATCHCORE, PADIM = "this Cfa", "anomalib's Cfa", "PatchCore", "PaDiM"
@@ -65,7 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
     parser.add_argument("--epochs", type=int, help="of this Cfa; default: as the model has it")
-    parser.add_argument("--gamma-c", type=float, help="of this Cfa; default: as the model has it")
+    parser.add_argument(
+        "--option", action="append", type=option, metavar="NAME=VALUE", help="of this Cfa, the value as JSON has it"
+    )
     parser.add_argument("--anomalib-epochs", type=int, default=1, help="of anomalib's Cfa; default: %(default)s")
     parser.add_argument("--coreset", type=float, default=0.01, help="PatchCore's share kept; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results/comparison"), help="default: %(default)s")
@@ -78,6 +83,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; a value that is no JSON is text."""
+    name, separator, value = text.partition("=")
+    if not separator or name not in inspect.signature(Cfa).parameters:
+        msg = f"must be NAME=VALUE with an argument's name of Cfa, but is {text}"
+        raise argparse.ArgumentTypeError(msg)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def plan(arguments: argparse.Namespace) -> Iterator[Task]:
     """Every run, by all that decides its result."""
     shared = {
@@ -88,9 +105,8 @@ def plan(arguments: argparse.Namespace) -> Iterator[Task]:
         "test_step": 4 if arguments.quick else 1,
         "threads": arguments.threads,
     }
-    gamma_c = {} if arguments.gamma_c is None else {"gamma_c": arguments.gamma_c}
     own = {
-        CFA: {"epochs": arguments.epochs, **gamma_c},
+        CFA: {"epochs": arguments.epochs, "options": dict(arguments.option or [])},
         ANOMALIB_CFA: {"epochs": arguments.anomalib_epochs, "gamma_c": 1},
         PATCHCORE: {"coreset": arguments.coreset},
         PADIM: {},

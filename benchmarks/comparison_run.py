@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.metrics import AUPRO, Evaluator
 from anomalib.models import Cfa, Padim, Patchcore
 from lightning.pytorch import seed_everything
+from metrics import NormalFalsePositivesAUPRO, RawAUROC
 from models import build_model, load_image
 from stopwatch import alternate, peak_memory
 from timm.models import load_state_dict
@@ -63,7 +64,7 @@ def run(task: Task) -> dict[str, Any]:
         "training_images": len(datamodule.train_data),
         "epochs": engine.trainer.current_epoch,
         "test_images": len(datamodule.test_data),
-        **{name: metrics[name] for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")},
+        **metrics,
         **environment(),
     }
 
@@ -73,16 +74,19 @@ def build(task: Task) -> Any:  # noqa: ANN401 - one of four classes
     pixels = ["anomaly_map", "gt_mask"]
     evaluator = Evaluator(
         test_metrics=[
-            AUROC(["pred_score", "gt_label"], "image_"),
-            AUROC(pixels, "pixel_"),
+            RawAUROC(["pred_score", "gt_label"], "image_"),
+            RawAUROC(pixels, "pixel_"),
             AUPRO(pixels, "pixel_"),
+            NormalFalsePositivesAUPRO(pixels, "pixel_"),
         ]
     )
     if task["model"].endswith("Cfa"):
         side = "ours" if task["model"] == "this Cfa" else "anomalib"
         if Cfa.__module__.startswith("anomalib_cfa") != (side == "ours"):
             sys.exit(f"{Cfa.__module__}.Cfa is not {task['model']}")
-        model = build_model({"backbone": "resnet18", **task, "side": side, "options": {"seed": task["seed"]}})
+        model = build_model(
+            {"backbone": "resnet18", **task, "side": side, "options": {"seed": task["seed"], **task.get("options", {})}}
+        )
     else:
         shared: dict[str, Any] = {
             "backbone": "resnet18",

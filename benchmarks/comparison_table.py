@@ -1,5 +1,6 @@
 """The comparison's runs as Markdown."""
 
+import json
 from collections.abc import Sequence
 from statistics import mean, median, stdev
 from typing import Any
@@ -7,6 +8,12 @@ from typing import Any
 from report import figure, table
 
 Run = dict[str, Any]
+ACCURACY = {
+    "image_RawAUROC": "image AUROC",
+    "pixel_RawAUROC": "pixel AUROC",
+    "pixel_AUPRO": "AUPRO",
+    "pixel_NormalFalsePositivesAUPRO": "AUPRO with false positives of normal images only",
+}
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -19,14 +26,14 @@ def markdown(runs: Sequence[Run]) -> str:
         lines.append(
             [
                 _label(model, [run for run in runs if run["task"]["model"] == model]),
-                *(_spread([one[name] for one in results]) for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")),
+                *(_spread([one[name] for one in results]) for name in ACCURACY),
                 f"{figure(median(one['fit_s'] for one in results))} s",
                 f"{figure(median(one['fit_peak_bytes'] for one in results) / 2**30)} GiB",
                 f"{figure(1e3 * median(one['latency_s'] for one in results))} ms",
                 str(results[0]["bank"] or "none"),
             ]
         )
-    head = ["", "image AUROC", "pixel AUROC", "AUPRO", "fit", "peak memory of the fit", "one image", "bank"]
+    head = ["", *ACCURACY.values(), "fit", "peak memory of the fit", "one image", "bank"]
     return f"# Comparison\n\n{_environment(runs)}\n\n{table(head, lines)}\n"
 
 
@@ -35,8 +42,8 @@ def _label(model: str, runs: Sequence[Run]) -> str:
     parts = ["1 seed" if len(runs) == 1 else f"{len(runs)} seeds"]
     if "epochs" in task:
         parts.append(f"{result['epochs']} epochs")
-    if "gamma_c" in task:
-        parts.append(f"gamma_c {task['gamma_c']:g}")
+    options = {"gamma_c": task["gamma_c"]} if "gamma_c" in task else task.get("options", {})
+    parts.extend(f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items())
     if "coreset" in task:
         parts.append(f"coreset {task['coreset']:g}")
     return f"{model} ({', '.join(parts)})"

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from anomalib.data import Folder, ImageBatch
-from anomalib.metrics import AUPRO, AUROC
+from anomalib.metrics import AUPRO
+from metrics import RawAUROC
 from torch import Tensor
 
 from anomalib_cfa import Cfa
@@ -83,8 +84,8 @@ def _measure(scores: Tensor, maps: Tensor, masks: Tensor, chosen: Tensor) -> dic
         gt_mask=masks,
     )
     metrics: dict[str, Any] = {
-        "image_auroc": AUROC(["pred_score", "gt_label"]),
-        "pixel_auroc": AUROC(["anomaly_map", "gt_mask"]),
+        "image_auroc": RawAUROC(["pred_score", "gt_label"]),
+        "pixel_auroc": RawAUROC(["anomaly_map", "gt_mask"]),
         "aupro": AUPRO(["anomaly_map", "gt_mask"]),
     }
     for metric in metrics.values():

@@ -1,3 +1,4 @@
+import argparse
 import json
 import sys
 from argparse import Namespace
@@ -11,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import comparison
 import comparison_run
-from comparison_table import markdown
+from comparison_table import ACCURACY, markdown
 
 
 def result(value=0.5):
-    accuracy = dict.fromkeys(("image_AUROC", "pixel_AUROC", "pixel_AUPRO"), value)
+    accuracy = dict.fromkeys(ACCURACY, value)
     costs = {"fit_s": 10.0, "fit_peak_bytes": 2**30, "latency_s": 0.025, "bank": 256}
     counts = {"training_images": 6, "test_images": 8, "epochs": 1}
     return accuracy | costs | counts | {"machine": {"processor": "one"}, "versions": {"torch": "2"}}
@@ -23,7 +24,7 @@ def result(value=0.5):
 
 def arguments(output, **others):
     settings = {"data": Path("tile"), "weights_path": Path("file"), "quick": True, "model": None, "seeds": 2}
-    settings |= {"threads": 1, "epochs": None, "gamma_c": None, "anomalib_epochs": 1, "coreset": 0.01, "output": output}
+    settings |= {"threads": 1, "epochs": None, "option": None, "anomalib_epochs": 1, "coreset": 0.01, "output": output}
     return Namespace(**(settings | others))
 
 
@@ -49,23 +50,26 @@ def test_the_table_gives_mean_and_deviation_over_seeds():
     shared = {"data": "tile", "weights": "file", "size": 128, "threads": 1}
     runs = [{"task": task | shared, "result": result(value)} for task, value in zip(tasks, (0.4, 0.6), strict=True)]
     text = markdown(runs)
-    spread = "0.500 ± 0.141"
-    line = f"| PatchCore (2 seeds, coreset 0.01) | {spread} | {spread} | {spread} | 10.0 s | 1.00 GiB | 25.0 ms | 256 |"
+    accuracy = " | ".join(["0.500 ± 0.141"] * len(ACCURACY))
+    line = f"| PatchCore (2 seeds, coreset 0.01) | {accuracy} | 10.0 s | 1.00 GiB | 25.0 ms | 256 |"
     assert line in text
     assert "6 training and 8 test images" in text
 
 
-def test_gamma_c_is_that_of_this_cfa_alone(tmp_path):
-    tasks = list(comparison.plan(arguments(tmp_path, gamma_c=0.25, seeds=1)))
-    given = {task["model"]: task.get("gamma_c") for task in tasks}
-    assert given == {
-        comparison.CFA: 0.25,
-        comparison.PADIM: None,
-        comparison.PATCHCORE: None,
-        comparison.ANOMALIB_CFA: 1,
-    }
-    assert "this Cfa (1 seed, 1 epochs, gamma_c 0.25)" in markdown([{"task": tasks[0], "result": result()}])
-    assert comparison_run.build({**tasks[0], "weights_path": None}).hparams["gamma_c"] == 0.25
+def test_options_are_those_of_this_cfa_alone(tmp_path):
+    options = [comparison.option(text) for text in ("gamma_c=0.25", "score=softmin", 'layers=["layer1", "layer2"]')]
+    tasks = list(comparison.plan(arguments(tmp_path, option=options, seeds=1)))
+    assert [task["model"] for task in tasks if "options" in task] == [comparison.CFA]
+    label = '(1 seed, 1 epochs, gamma_c 0.25, score softmin, layers ["layer1", "layer2"])'
+    assert f"this Cfa {label}" in markdown([{"task": tasks[0], "result": result()}])
+    built = comparison_run.build({**tasks[0], "weights_path": None}).hparams
+    assert (built["gamma_c"], built["score"], built["layers"]) == (0.25, "softmin", ["layer1", "layer2"])
+
+
+@pytest.mark.parametrize("text", ["gamma_c", "gamma=1"])
+def test_an_option_that_cfa_has_not_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"must be NAME=VALUE .* but is {text}"):
+        comparison.option(text)
 
 
 @pytest.fixture(scope="module")
