@@ -15,7 +15,6 @@ _SIZES: dict[str, tuple[str | None, ...]] = {
     "model.memory_bank.centers": ("N", "D"),
     "model.calibration.mean": ("N",),
     "model.calibration.deviation": ("N",),
-    "model.calibration.offset": (None, None),
 }
 
 

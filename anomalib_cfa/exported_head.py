@@ -15,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.anomaly_map import smoothed_resize_weights, softmin_scores
 from anomalib_cfa.pyramid_projection import PatchGrid, PyramidProjection, bands
-from anomalib_cfa.resize import resize_weights
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.views import average_views, central_view
 
@@ -73,7 +72,6 @@ class ExportedHead(nn.Module):
 
     scale: Tensor
     shift: Tensor
-    negated_offset: Tensor
     smoothing: Tensor
 
     def __init__(self, model: CfaModel) -> None:
@@ -106,8 +104,6 @@ class ExportedHead(nn.Module):
         scale = 1 / model.calibration.deviation.double()
         self.register_buffer("scale", scale[:, None].float())
         self.register_buffer("shift", (-model.calibration.mean.double() * scale)[:, None].float())
-        offset = model.calibration.offset if model.score == "calibrated" else torch.zeros(1, 1)
-        self.register_buffer("negated_offset", -offset)
         self.register_buffer("smoothing", model.anomaly_map_generator.kernel.clone())
 
     def forward(self, pyramid: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
@@ -125,8 +121,6 @@ class ExportedHead(nn.Module):
         candidates = self._candidates(maps, grid)
         distances = self._distances(maps, grid, candidates)
         scores = self._scores(distances, candidates).flatten(2)
-        if self.score == "calibrated":
-            scores = scores + self._offset(scores.shape[1:])
         rows, columns = (
             smoothed_resize_weights(patches, pixels, self.smoothing)
             for patches, pixels in zip(scores.shape[1:], image_size, strict=True)
@@ -170,11 +164,3 @@ class ExportedHead(nn.Module):
             nearest = candidates.gather(-1, order)[..., 0]
             return distances * F.embedding(nearest, self.scale) + F.embedding(nearest, self.shift)
         return distances
-
-    def _offset(self, grid: Sequence[int]) -> Tensor:
-        """What is taken off at each place, negated, of shape (1, h, w)."""
-        rows, columns = (
-            resize_weights(places, patches, antialias=False, device=self.negated_offset.device)
-            for places, patches in zip(self.negated_offset.shape, grid, strict=True)
-        )
-        return (rows @ self.negated_offset @ columns.T)[None]

@@ -46,22 +46,19 @@ def build_memory_bank(
 
     processes, process = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
     builder = model.bank_builder(strategy.broadcast, processes, process)
-    grid = 1, 1
     for pyramid in features.pyramids("Building the memory bank"):
-        grid = pyramid[0].shape[-2], pyramid[0].shape[-1]
         for block in model.blocks(pyramid):
             descriptors = model.describe(block).flatten(1, 2)
             _check_patches(model, descriptors.shape[1])
             builder.update(descriptors)
     builder.merge(total)
     # K-means need not round alike on all machines.
-    centers, grid = strategy.broadcast((builder.centers(), grid))
-    model.assign_bank(centers.to(model.descriptor.weight.device), grid)
+    model.assign_bank(strategy.broadcast(builder.centers()).to(model.descriptor.weight.device))
 
     for pyramid in features.pyramids("Calibrating the score", most=_IMAGES_FOR_CALIBRATION):
         for block in model.blocks(pyramid):
             squared, indices = model.memory_bank.nearest(model.describe(block), k=1)
-            model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
+            model.calibration.update(squared.sqrt(), indices)
     model.calibration.finish(total)
     logger.info("Built the memory bank: %d centres from %d images", len(model.memory_bank.centers), builder.count)
 

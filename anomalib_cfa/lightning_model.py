@@ -73,8 +73,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         lr: Learning rate of AdamW. From a random start the authors take 1e-3.
         weight_decay: Weight decay of AdamW.
         score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
-            usual for normal patches at that centre and in that place of the image; or the paper's, weighted by its
-            ``"softmin"`` among the K nearest.
+            usual for normal patches there; or the paper's, weighted by its ``"softmin"`` among the K nearest.
         sigma: Standard deviation of the anomaly map's smoothing, in pixels.
         center_view: Whether the centre of the image, seven eighths of a side, is scored once more as a view of its own,
             and both views are averaged there (CFA++).
@@ -250,11 +249,10 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             write_whole_files(self.trainer.strategy)
 
     def teardown(self, stage: str) -> None:
-        """Give the data module back as it was, and forget the kept features and patches."""
+        """Give the data module back as it was, and forget the kept features."""
         if stage == TrainerFn.FITTING and self._features is not None:
             self._features.detach()
             self._features = None
-            self.model.calibration.restart()
 
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
@@ -349,7 +347,5 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint, and restore what anomalib saves of its components."""
         check_checkpoint(checkpoint, self.hparams)
-        # One written before places were calibrated scores as it did.
-        checkpoint["state_dict"].setdefault("model.calibration.offset", torch.zeros(1, 1))
         super().on_load_checkpoint(checkpoint)
         pre_processing.make_exportable(self.pre_processor)

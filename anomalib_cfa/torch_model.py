@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
 from anomalib_cfa.bank_building import BankBuilder, EmaBank, KMeansBank, MeanBank
-from anomalib_cfa.calibration import ScoreCalibration
+from anomalib_cfa.calibration import CenterCalibration
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.folded_bank import FoldedBank
 from anomalib_cfa.memory_bank import MemoryBank
@@ -71,7 +71,7 @@ class CfaModel(nn.Module):
         width = self.patch_features.width_multiplier * sum(self.patch_features.channels) // gamma_d
         self.descriptor = PatchDescriptor(self.patch_features.channels, width, seed)
         self.memory_bank = MemoryBank(search)
-        self.calibration = ScoreCalibration()
+        self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
         self._folded_bank: FoldedBank | None = None
@@ -165,15 +165,10 @@ class CfaModel(nn.Module):
             self.describe(pyramid), self.num_nearest_neighbors + self.num_hard_negative_features
         )
 
-    def assign_bank(self, centers: Tensor, grid: tuple[int, int] = (1, 1)) -> None:
-        """Set the memory bank's centres; the score's calibration starts anew.
-
-        Args:
-            centers: Of shape (N, D).
-            grid: Places h x w of an image that are calibrated by themselves.
-        """
+    def assign_bank(self, centers: Tensor) -> None:
+        """Set the memory bank's centres, of shape (N, D); their calibration starts anew."""
         self.memory_bank.assign(centers)
-        self.calibration.reset(len(centers), grid)
+        self.calibration.reset(len(centers))
 
     def patch_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Score each patch.

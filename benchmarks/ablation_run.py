@@ -16,7 +16,7 @@ from variants import Variant
 from anomalib_cfa import Cfa
 from anomalib_cfa.demo.render import render_mvtec
 
-SCORES = ("calibrated", "calibrated by centre", "nearest", "softmin")
+SCORES = ("calibrated", "nearest", "softmin")
 
 
 def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:

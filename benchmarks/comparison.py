@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comparison_table import markdown
+from comparison_table import ACCURACY, markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,6 +26,10 @@ from anomalib_cfa import Cfa
 RUN = Path(__file__).with_name("comparison_run.py")
 CFA, ANOMALIB_CFA, PATCHCORE, PADIM = "this Cfa", "anomalib's Cfa", "PatchCore", "PaDiM"
 MODELS = (CFA, PADIM, PATCHCORE, ANOMALIB_CFA)
+_SHARED_ARGUMENTS = (  # all models get the same, or the runs differ by it
+    *("backbone", "weights_path", "pre_trained", "image_size", "center_crop_size", "seed"),
+    *("pre_processor", "post_processor", "evaluator", "visualizer"),
+)
 Task = dict[str, Any]
 
 
@@ -86,8 +90,8 @@ def parse_arguments() -> argparse.Namespace:
 def option(text: str) -> tuple[str, Any]:
     """``NAME=VALUE``; a value that is no JSON is text."""
     name, separator, value = text.partition("=")
-    if not separator or name not in inspect.signature(Cfa).parameters:
-        msg = f"must be NAME=VALUE with an argument's name of Cfa, but is {text}"
+    if not separator or name not in inspect.signature(Cfa).parameters or name in _SHARED_ARGUMENTS:
+        msg = f"must be NAME=VALUE with an argument of Cfa that does not concern all models, but is {text}"
         raise argparse.ArgumentTypeError(msg)
     try:
         return name, json.loads(value)
@@ -104,9 +108,10 @@ def plan(arguments: argparse.Namespace) -> Iterator[Task]:
         "training_images": 64 if arguments.quick else None,
         "test_step": 4 if arguments.quick else 1,
         "threads": arguments.threads,
+        "metrics": list(ACCURACY),
     }
     own = {
-        CFA: {"epochs": arguments.epochs, "options": dict(arguments.option or [])},
+        CFA: {"epochs": arguments.epochs, "options": dict(sorted(arguments.option or []))},
         ANOMALIB_CFA: {"epochs": arguments.anomalib_epochs, "gamma_c": 1},
         PATCHCORE: {"coreset": arguments.coreset},
         PADIM: {},

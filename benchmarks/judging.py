@@ -68,7 +68,6 @@ def _patch_scores(network: CfaModel, pyramid: list[Tensor]) -> dict[str, Tensor]
     distances = squared.sqrt()
     return {
         "calibrated": network.calibration(distances[..., 0], indices[..., 0]),
-        "calibrated by centre": network.calibration.at_centers(distances[..., 0], indices[..., 0]),
         "nearest": distances[..., 0],
         "softmin": softmin_scores(distances),
     }

@@ -30,7 +30,7 @@ class Model:
         """Bytes of each message."""
         return {
             "gradients, each step": 4 * (self.width * (self.channels + 2) + self.width + 1),
-            "calibration, each epoch": 8 * (3 * self.centers + 2 * self.patches),
+            "calibration, each epoch": 8 * 3 * self.centers,
             "whitened start, once": 8 * (self.channels**2 + self.channels),
             "bank by K-means, once": 4 * self.width * self.centers * (_POINTS_PER_CENTER + 1),
             "bank of means, once": 8 * self.width * self.patches,

@@ -17,7 +17,7 @@ def fitted(model: Cfa) -> Cfa:
         pyramid = network.pyramid(images)
         builder = network.bank_builder()
         builder.update(network.describe(pyramid).flatten(1, 2))
-        network.assign_bank(builder.centers(), pyramid[0].shape[-2:])
+        network.assign_bank(builder.centers())
         network.calibration.restart()
         squared, indices = network.memory_bank.nearest(network.describe(pyramid), 1)
         network.calibration.update(squared[..., 0].sqrt(), indices[..., 0])

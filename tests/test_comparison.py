@@ -60,13 +60,13 @@ def test_options_are_those_of_this_cfa_alone(tmp_path):
     options = [comparison.option(text) for text in ("gamma_c=0.25", "score=softmin", 'layers=["layer1", "layer2"]')]
     tasks = list(comparison.plan(arguments(tmp_path, option=options, seeds=1)))
     assert [task["model"] for task in tasks if "options" in task] == [comparison.CFA]
-    label = '(1 seed, 1 epochs, gamma_c 0.25, score softmin, layers ["layer1", "layer2"])'
+    label = '(1 seed, 1 epochs, gamma_c 0.25, layers ["layer1", "layer2"], score softmin)'
     assert f"this Cfa {label}" in markdown([{"task": tasks[0], "result": result()}])
     built = comparison_run.build({**tasks[0], "weights_path": None}).hparams
     assert (built["gamma_c"], built["score"], built["layers"]) == (0.25, "softmin", ["layer1", "layer2"])
 
 
-@pytest.mark.parametrize("text", ["gamma_c", "gamma=1"])
+@pytest.mark.parametrize("text", ["gamma_c", "gamma=1", "seed=3"])
 def test_an_option_that_cfa_has_not_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=rf"must be NAME=VALUE .* but is {text}"):
         comparison.option(text)

@@ -24,7 +24,7 @@ def _plain_scores(network, pyramid, score):
     mean, deviation = (
         table.double()[index[..., 0]] for table in (network.calibration.mean, network.calibration.deviation)
     )
-    return (distances[..., 0] - mean) / deviation - network.calibration.offset.double()
+    return (distances[..., 0] - mean) / deviation
 
 
 @pytest.mark.parametrize("score", ["calibrated", "nearest", "softmin"])

@@ -78,14 +78,6 @@ def test_fit_builds_the_bank_and_trains_descriptor_and_radius_but_not_the_backbo
     }
 
 
-def test_a_fit_calibrates_centers_and_places_and_holds_no_patches_after_it(fitted):
-    calibration = fitted[0].model.calibration
-    assert calibration.mean.shape == calibration.deviation.shape == (8 * 8,)
-    assert calibration.offset.shape == (8, 8)
-    assert calibration.offset.std() > 0
-    assert not calibration._patches
-
-
 def test_the_descriptor_starts_as_far_whitened_as_is_asked(rendered_mvtec, tmp_path):
     spreads = []
     for whitening in (0, 0.5, 1):

@@ -23,10 +23,10 @@ def fit_to_noise(model: Cfa, images: int = 4) -> Cfa:
     check_neighbors(int(patches / network.gamma_c), network.num_nearest_neighbors, network.num_hard_negative_features)
     builder = network.bank_builder()
     builder.update(network.describe(pyramid).flatten(1, 2))
-    network.assign_bank(builder.centers(), pyramid[0].shape[-2:])
+    network.assign_bank(builder.centers())
     squared, indices = network.memory_bank.nearest(network.describe(pyramid), 1)
     network.calibration.restart()
-    network.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
+    network.calibration.update(squared.sqrt(), indices)
     network.calibration.finish()
     values = network(noise(images, *size, seed=1))
     post = model.post_processor
