@@ -1,5 +1,6 @@
 """Export to torch, ONNX and OpenVINO."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,12 +173,17 @@ class CfaExport(ExportMixin):
     def _exported_form(self) -> Iterator[None]:
         """Put the network's exported form in its place for a while."""
         model: Any = self.model
+        # Hundreds of lines on initializers, of which the path of the file would be the last.
+        onnx_log = logging.getLogger("onnx_ir")
+        level = onnx_log.level
         self.model = ExportedModel(model).eval()
+        onnx_log.setLevel(logging.WARNING)
         try:
             with ExportableInterpolation():
                 yield
         finally:
             self.model = model
+            onnx_log.setLevel(level)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def _environment(runs: Sequence[Run]) -> str:
     return "\n".join(
         [
             f"- {task['data']}: {images}, {task['size']} x {task['size']} pixels",
-            f"- ResNet-18 with {task['weights']}; {task['threads']} threads",
+            f"- ResNet-18 with {task['weights']}; {task['threads']} thread{'s' * (task['threads'] > 1)}",
             f"- machine: {_listed(result['machine'])}",
             f"- versions: {_listed(result['versions'])}",
             "- the last epoch; scores as they are, no threshold; batches of 32, where a model is trained in batches",

@@ -37,6 +37,12 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_the_exporters_own_log_does_not_bury_the_result(tmp_path, caplog):
+    caplog.set_level("INFO")
+    fitted(tiny()).to_onnx(tmp_path)
+    assert not [record for record in caplog.records if record.name.startswith("onnx_ir")]
+
+
 def test_onnx_agrees_for_images_of_any_size_and_number(model, tmp_path):
     path = model.to_onnx(tmp_path)
     assert path == tmp_path / "weights" / "onnx" / "model.onnx"
