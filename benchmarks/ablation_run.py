@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from feature_cache import FeatureCache
 from held_out import datamodule, lay_out
@@ -15,6 +17,7 @@ from variants import Variant
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.demo.render import render_mvtec
+from anomalib_cfa.views import central_view
 
 SCORES = ("calibrated", "nearest", "softmin")
 
@@ -36,11 +39,9 @@ def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespa
     folder = arguments.output / "data" / f"{key['data']}-{len(images)}-fold{key['seed']}"
     lay_out(images, folder, key["seed"])
 
-    weights = arguments.weights_path
-    options = {**key["variant"]["options"], "pre_trained": weights is not None}
-    model = Cfa(**options, weights_path=weights and str(weights.resolve()), evaluator=False, visualizer=False)
-    FeatureCache(arguments.output / "features", str(key["weights"])).attach(model)
-    held_out = datamodule(folder, variant.batch_size)
+    model, held_out = build(key, arguments), datamodule(folder, variant.batch_size)
+    central = fit_central(key, variant, arguments, held_out) if variant.central == "own" else model
+    of_center = None if variant.central is None else central.model
     scorings = [(score, sigma) for score in SCORES for sigma in variant.sigmas]
     judged: list[dict[str, Any]] = []
 
@@ -49,25 +50,11 @@ def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespa
         if key["test"]:
             sides["test"] = datamodule(source, 1)
         for side, module in sides.items():
-            judged.extend({"side": side, "epochs": epochs, **row} for row in judge(model, module, scorings))
+            rows = judge(model, module, scorings, of_center)
+            judged.extend({"side": side, "epochs": epochs, **row} for row in rows)
 
-    callbacks: list[Callback] = [Between(judge_after, variant.epochs[:-1])]
-    if variant.schedule == "cosine":
-        callbacks.append(CosineSchedule())
-    engine = Engine(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=variant.epochs[-1],
-        max_steps=-1 if variant.epochs[-1] else 0,
-        limit_val_batches=0,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=arguments.output / "runs",
-    )
     began = time.perf_counter()
-    engine.fit(model, datamodule=held_out)
+    fit(model, held_out, variant, arguments, Between(judge_after, variant.epochs[:-1]))
     seconds = time.perf_counter() - began
     judge_after(variant.epochs[-1])
     radius = float(model.model.radius.detach())
@@ -77,6 +64,42 @@ def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespa
         "centers": len(model.model.memory_bank.centers),
         "judged": judged,
     }
+
+
+def build(key: dict[str, Any], arguments: argparse.Namespace, **others: Any) -> Cfa:  # noqa: ANN401
+    """The key's model, some options excepted, its backbone's features kept on disk."""
+    weights = arguments.weights_path
+    options = {**key["variant"]["options"], "pre_trained": weights is not None, **others}
+    model = Cfa(**options, weights_path=weights and str(weights.resolve()), evaluator=False, visualizer=False)
+    FeatureCache(arguments.output / "features", str(key["weights"])).attach(model)
+    return model
+
+
+def fit(model: Cfa, module: Folder, variant: Variant, arguments: argparse.Namespace, *callbacks: Callback) -> None:
+    """Fit through anomalib's engine, for as many epochs as the variant is judged after at last."""
+    schedule = [CosineSchedule()] if variant.schedule == "cosine" else []
+    engine = Engine(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=variant.epochs[-1],
+        max_steps=-1 if variant.epochs[-1] else 0,
+        limit_val_batches=0,
+        callbacks=[*callbacks, *schedule],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=arguments.output / "runs",
+    )
+    engine.fit(model, datamodule=module)
+
+
+def fit_central(key: dict[str, Any], variant: Variant, arguments: argparse.Namespace, module: Folder) -> Cfa:
+    """A model of the images' central view alone."""
+    size = key["variant"]["options"]["image_size"]
+    (side,) = {*central_view(torch.empty(size, size)).shape}
+    model = build(key, arguments, center_crop_size=side)
+    fit(model, module, variant, arguments)
+    return model.eval()
 
 
 def rendered(category: str, arguments: argparse.Namespace) -> Path:

@@ -16,19 +16,23 @@ from torch import Tensor
 from anomalib_cfa import Cfa
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
 from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.views import average_views, central_view
 
 Scoring = tuple[str, float]
 _PIXELS = 128  # a side of the maps that are judged: larger ones are thinned out, for the time that it saves
 
 
 @torch.inference_mode()
-def judge(model: Cfa, datamodule: Folder, scorings: Sequence[Scoring]) -> list[dict[str, Any]]:
+def judge(
+    model: Cfa, datamodule: Folder, scorings: Sequence[Scoring], central: CfaModel | None = None
+) -> list[dict[str, Any]]:
     """Measure image AUROC, pixel AUROC and AUPRO for each kind of defect against all normal images.
 
     Args:
         model: A fitted model; it is left as it was.
         datamodule: Its test part is judged; images in folders named for their kind, or ``good``.
         scorings: Scores, as the model names them, each with the sigma of the map's smoothing.
+        central: Scores the images' central view, whose maps are averaged with the model's; None for no such view.
 
     Returns:
         One row for each score and kind of defect.
@@ -36,7 +40,6 @@ def judge(model: Cfa, datamodule: Folder, scorings: Sequence[Scoring]) -> list[d
     maps: dict[Scoring, list[Tensor]] = defaultdict(list)
     masks: list[Tensor] = []
     kinds: list[str] = []
-    generators = {sigma: AnomalyMapGenerator(sigma) for _, sigma in scorings}
     image_scores: dict[Scoring, list[Tensor]] = defaultdict(list)
     pre_processor: Any = model.pre_processor
     with _evaluating(model):
@@ -44,11 +47,12 @@ def judge(model: Cfa, datamodule: Folder, scorings: Sequence[Scoring]) -> list[d
             images = pre_processor.transform(batch.image)
             size = images.shape[-2:]
             step = max(1, size[0] // _PIXELS)
-            scores = _patch_scores(model.model, model.model.pyramid(images))
-            for name, sigma in scorings:
-                anomaly_map = generators[sigma](scores[name], size)
-                image_scores[name, sigma].append(anomaly_map.amax(dim=(1, 2, 3)))
-                maps[name, sigma].append(anomaly_map[:, 0, ::step, ::step].clone())
+            of_center = None if central is None else _maps(central, central_view(images), scorings)
+            for scoring, anomaly_map in _maps(model.model, images, scorings).items():
+                if of_center is not None:
+                    anomaly_map = average_views(anomaly_map, of_center[scoring])  # noqa: PLW2901
+                image_scores[scoring].append(anomaly_map.amax(dim=(1, 2)))
+                maps[scoring].append(anomaly_map[:, ::step, ::step].clone())
             truth = torch.nn.functional.interpolate(batch.gt_mask[:, None].float(), size)[:, 0, ::step, ::step] > 0
             masks.append(truth)
             kinds.extend(Path(path).parent.name for path in batch.image_path)
@@ -60,6 +64,14 @@ def judge(model: Cfa, datamodule: Folder, scorings: Sequence[Scoring]) -> list[d
             chosen = torch.from_numpy((kind_of == "good") | (kind_of == kind))
             rows.append({"score": scoring[0], "sigma": scoring[1], "kind": kind, **_measure(*measured, chosen)})
     return rows
+
+
+def _maps(network: CfaModel, images: Tensor, scorings: Sequence[Scoring]) -> dict[Scoring, Tensor]:
+    """Anomaly maps of shape (B, H, W)."""
+    scores = _patch_scores(network, network.pyramid(images))
+    return {
+        (name, sigma): AnomalyMapGenerator(sigma)(scores[name], images.shape[-2:])[:, 0] for name, sigma in scorings
+    }
 
 
 def _patch_scores(network: CfaModel, pyramid: list[Tensor]) -> dict[str, Tensor]:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablation
+import ablation_run
 import held_out
 import synthetic_defects
 import variants
-from ablation_run import CosineSchedule, carry_out
+from ablation_run import CosineSchedule, carry_out, fit
 from ablation_table import markdown
 from feature_cache import FeatureCache
 from variants import GROUPS, Variant
@@ -101,6 +102,24 @@ def test_a_run_judges_each_kind_of_defect_at_each_epoch(many_images, tmp_path, m
     assert all(0 <= row[metric] <= 1 for row in run["judged"] for metric in ("image_auroc", "pixel_auroc", "aupro"))
     nothing = carry_out(key, replace(variant, epochs=(0,)), given)
     assert nothing["judged"] == [row for row in run["judged"] if row["epochs"] == 0]
+
+
+def test_the_central_view_is_scored_by_the_same_model_or_one_of_its_own(many_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "BASE", TINY)
+    given = arguments(many_images, tmp_path / "out")
+    choices = [
+        Variant("views", epochs=(1,), batch_size=8, sigmas=(2.0,), central=central) for central in (None, "same", "own")
+    ]
+    monkeypatch.setitem(GROUPS, "few", choices)
+    fitted = []
+    monkeypatch.setattr(
+        ablation_run,
+        "fit",
+        lambda model, *others: fitted.append(model.hparams["center_crop_size"]) or fit(model, *others),
+    )
+    rows = [json.dumps(carry_out(key, variant, given)["judged"]) for key, variant in ablation.plan(given)]
+    assert fitted == [None, None, 56, None]
+    assert len(set(rows)) == 3
 
 
 def test_a_rerun_makes_only_what_is_missing(rendered_mvtec, tmp_path, monkeypatch, capsys):
