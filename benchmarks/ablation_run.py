@@ -96,8 +96,7 @@ def fit(model: Cfa, module: Folder, variant: Variant, arguments: argparse.Namesp
 def fit_central(key: dict[str, Any], variant: Variant, arguments: argparse.Namespace, module: Folder) -> Cfa:
     """A model of the images' central view alone."""
     size = key["variant"]["options"]["image_size"]
-    (side,) = {*central_view(torch.empty(size, size)).shape}
-    model = build(key, arguments, center_crop_size=side)
+    model = build(key, arguments, center_crop_size=central_view(torch.empty(size, size)).shape[-1])
     fit(model, module, variant, arguments)
     return model.eval()
 
