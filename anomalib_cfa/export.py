@@ -173,17 +173,18 @@ class CfaExport(ExportMixin):
     def _exported_form(self) -> Iterator[None]:
         """Put the network's exported form in its place for a while."""
         model: Any = self.model
-        # Hundreds of lines on initializers, of which the path of the file would be the last.
-        onnx_log = logging.getLogger("onnx_ir")
-        level = onnx_log.level
+        # Hundreds of lines on initializers and constants, of which the path of the file would be the last.
+        levels = {log: log.level for log in map(logging.getLogger, ("onnx_ir", "onnxscript"))}
         self.model = ExportedModel(model).eval()
-        onnx_log.setLevel(logging.WARNING)
+        for log in levels:
+            log.setLevel(logging.WARNING)
         try:
             with ExportableInterpolation():
                 yield
         finally:
             self.model = model
-            onnx_log.setLevel(level)
+            for log, level in levels.items():
+                log.setLevel(level)
 
 
 @contextmanager
