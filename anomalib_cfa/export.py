@@ -82,7 +82,12 @@ class CfaExport(ExportMixin):
         Raises:
             RuntimeError: If the model is not fitted.
         """
-        with self._ready(), _staged(export_root, ExportType.ONNX) as (staging, folder), self._exported_form():
+        with (
+            self._ready(),
+            _staged(export_root, ExportType.ONNX) as (staging, folder),
+            self._exported_form(),
+            _quiet_exporter(),
+        ):
             assert isinstance(self, nn.Module)
             size = sum(tensor.nbytes for tensor in self.state_dict().values())
             options = {"opset_version": _ONNX_OPSET, "external_data": size > _SINGLE_FILE_BYTES, "verbose": False}
@@ -173,18 +178,25 @@ class CfaExport(ExportMixin):
     def _exported_form(self) -> Iterator[None]:
         """Put the network's exported form in its place for a while."""
         model: Any = self.model
-        # Hundreds of lines on initializers and constants, of which the path of the file would be the last.
-        levels = {log: log.level for log in map(logging.getLogger, ("onnx_ir", "onnxscript"))}
         self.model = ExportedModel(model).eval()
-        for log in levels:
-            log.setLevel(logging.WARNING)
         try:
             with ExportableInterpolation():
                 yield
         finally:
             self.model = model
-            for log, level in levels.items():
-                log.setLevel(level)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the hundreds of lines on initializers and constants that would bury where the file is."""
+    levels = {log: log.level for log in map(logging.getLogger, ("onnx_ir", "onnxscript"))}
+    for log in levels:
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 @contextmanager

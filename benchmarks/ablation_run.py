@@ -40,8 +40,7 @@ def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespa
     lay_out(images, folder, key["seed"])
 
     model, held_out = build(key, arguments), datamodule(folder, variant.batch_size)
-    central = fit_central(key, variant, arguments, held_out) if variant.central == "own" else model
-    of_center = None if variant.central is None else central.model
+    central = fit_central(key, variant, arguments, held_out) if variant.central_training else model
     scorings = [(score, sigma) for score in SCORES for sigma in variant.sigmas]
     judged: list[dict[str, Any]] = []
 
@@ -50,7 +49,7 @@ def carry_out(key: dict[str, Any], variant: Variant, arguments: argparse.Namespa
         if key["test"]:
             sides["test"] = datamodule(source, 1)
         for side, module in sides.items():
-            rows = judge(model, module, scorings, of_center)
+            rows = judge(model, module, scorings, central)
             judged.extend({"side": side, "epochs": epochs, **row} for row in rows)
 
     began = time.perf_counter()

@@ -26,10 +26,9 @@ from anomalib_cfa import Cfa
 RUN = Path(__file__).with_name("comparison_run.py")
 CFA, ANOMALIB_CFA, PATCHCORE, PADIM = "this Cfa", "anomalib's Cfa", "PatchCore", "PaDiM"
 MODELS = (CFA, PADIM, PATCHCORE, ANOMALIB_CFA)
-_SHARED_ARGUMENTS = (  # all models get the same, or the runs differ by it
-    *("backbone", "weights_path", "pre_trained", "image_size", "center_crop_size", "seed"),
-    *("pre_processor", "post_processor", "evaluator", "visualizer"),
-)
+# Of Cfa's, those that all models get alike, or by which the runs differ.
+_SHARED_ARGUMENTS = {"backbone", "weights_path", "pre_trained", "image_size", "center_crop_size", "seed"}
+_SHARED_ARGUMENTS |= {"pre_processor", "post_processor", "evaluator", "visualizer"}
 Task = dict[str, Any]
 
 

@@ -24,7 +24,7 @@ _PIXELS = 128  # a side of the maps that are judged: larger ones are thinned out
 
 @torch.inference_mode()
 def judge(
-    model: Cfa, datamodule: Folder, scorings: Sequence[Scoring], central: CfaModel | None = None
+    model: Cfa, datamodule: Folder, scorings: Sequence[Scoring], central: Cfa | None = None
 ) -> list[dict[str, Any]]:
     """Measure image AUROC, pixel AUROC and AUPRO for each kind of defect against all normal images.
 
@@ -32,7 +32,7 @@ def judge(
         model: A fitted model; it is left as it was.
         datamodule: Its test part is judged; images in folders named for their kind, or ``good``.
         scorings: Scores, as the model names them, each with the sigma of the map's smoothing.
-        central: Scores the images' central view, whose maps are averaged with the model's; None for no such view.
+        central: Scores the central view, where the model has ``center_view``. None: the model itself.
 
     Returns:
         One row for each score and kind of defect.
@@ -47,10 +47,13 @@ def judge(
             images = pre_processor.transform(batch.image)
             size = images.shape[-2:]
             step = max(1, size[0] // _PIXELS)
-            of_center = None if central is None else _maps(central, central_view(images), scorings)
-            for scoring, anomaly_map in _maps(model.model, images, scorings).items():
-                if of_center is not None:
-                    anomaly_map = average_views(anomaly_map, of_center[scoring])  # noqa: PLW2901
+            anomaly_maps = _maps(model.model, images, scorings)
+            if model.model.center_view:
+                of_center = _maps((central or model).model, central_view(images), scorings)
+                anomaly_maps = {
+                    scoring: average_views(whole, of_center[scoring]) for scoring, whole in anomaly_maps.items()
+                }
+            for scoring, anomaly_map in anomaly_maps.items():
                 image_scores[scoring].append(anomaly_map.amax(dim=(1, 2)))
                 maps[scoring].append(anomaly_map[:, ::step, ::step].clone())
             truth = torch.nn.functional.interpolate(batch.gt_mask[:, None].float(), size)[:, 0, ::step, ::step] > 0

@@ -1,5 +1,6 @@
 """Anomalib's metrics of scores as they are, without a normalization that would clamp them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from anomalib.data import Batch
@@ -16,9 +17,9 @@ class RawAUROC(AUROC):
 
     def update(self, batch: Batch, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Take in a batch."""
-        scores = self.fields[0]
-        in_order = _between_0_and_1(getattr(batch, scores))
-        super().update(_Fields(batch, **{scores: in_order}), *args, **kwargs)
+        scores, truth = self.fields
+        in_order = {scores: _between_0_and_1(getattr(batch, scores)), truth: getattr(batch, truth)}
+        super().update(SimpleNamespace(**in_order), *args, **kwargs)  # a batch would check the data type
 
 
 class NormalFalsePositivesAUPRO(AUPRO):
@@ -43,13 +44,6 @@ class NormalFalsePositivesAUPRO(AUPRO):
         counted = (cca > 0) | of_normal_image
         curve: tuple[Tensor, Tensor] = super().compute_pro(cca[counted], preds[counted])
         return curve
-
-
-class _Fields:
-    """A batch with other values of some fields, unchecked: in float64, for one."""
-
-    def __init__(self, batch: Batch, **fields: Tensor) -> None:
-        self.__dict__.update({name: getattr(batch, name, None) for name in ("gt_label", "gt_mask")} | fields)
 
 
 def _between_0_and_1(scores: Tensor) -> Tensor:

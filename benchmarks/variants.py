@@ -20,7 +20,7 @@ class Variant:
         schedule: Of the learning rate, ``"constant"`` or ``"cosine"``.
         sigmas: Of the map's smoothing, in pixels.
         scale: Factor on the size of the images.
-        central: What scores the images' central view: the ``"same"`` model, or one of its ``"own"``; None for no view.
+        central_training: Whether a ``center_view`` is scored by a model that is trained on it alone.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Variant:
     schedule: str = "constant"
     sigmas: tuple[float, ...] = (4.0,)
     scale: float = 1.0
-    central: str | None = None
+    central_training: bool = False
 
     def model_options(self, size: int, seed: int) -> dict[str, Any]:
         """All of the model's arguments that matter for accuracy, defaults included."""
@@ -99,8 +99,8 @@ GROUPS: dict[str, list[Variant]] = {
     "crop": [Variant("resize"), Variant("resize by 8/7, and crop", {"center_crop_size": True}, scale=8 / 7)],
     "views": [
         Variant("the whole image", epochs=DEFAULT),
-        Variant("and its centre, one training", epochs=DEFAULT, central="same"),
-        Variant("and its centre, a training each", epochs=DEFAULT, central="own"),
+        Variant("and its centre, one training", {"center_view": True}, DEFAULT),
+        Variant("and its centre, a training each", {"center_view": True}, DEFAULT, central_training=True),
     ],
     "sigma": [Variant("untrained", sigmas=(4.0, 1.0, 2.0, 3.0, 6.0))],
 }

@@ -107,10 +107,9 @@ def test_a_run_judges_each_kind_of_defect_at_each_epoch(many_images, tmp_path, m
 def test_the_central_view_is_scored_by_the_same_model_or_one_of_its_own(many_images, tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "BASE", TINY)
     given = arguments(many_images, tmp_path / "out")
-    choices = [
-        Variant("views", epochs=(1,), batch_size=8, sigmas=(2.0,), central=central) for central in (None, "same", "own")
-    ]
-    monkeypatch.setitem(GROUPS, "few", choices)
+    whole = Variant("views", epochs=(1,), batch_size=8, sigmas=(2.0,))
+    both = replace(whole, options={"center_view": True})
+    monkeypatch.setitem(GROUPS, "few", [whole, both, replace(both, central_training=True)])
     fitted = []
     monkeypatch.setattr(
         ablation_run,
