@@ -34,7 +34,7 @@ pytest: $(stamp)
 
 soak: $(stamp)
 	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s \
-		tests/test_interruption.py tests/test_hostile_*.py tests/test_long_life.py tests/test_distributed.py
+		tests/robustness tests/training/test_interruption.py tests/training/test_distributed.py
 
 # Both ends of the supported ranges, each in a new environment of its own.
 compatibility:

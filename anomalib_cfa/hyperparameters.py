@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anomalib_cfa.bank_building import BANK_KINDS
-from anomalib_cfa.search import SEARCH_KINDS
+from anomalib_cfa.bank.builders import BANK_KINDS
+from anomalib_cfa.bank.search import SEARCH_KINDS
 
 
 def _is_number(value: object) -> bool:

@@ -21,16 +21,16 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from anomalib_cfa import pre_processing
-from anomalib_cfa.blockwise import sum_over_blocks
-from anomalib_cfa.checkpoint import check_checkpoint
 from anomalib_cfa.export import CfaExport
-from anomalib_cfa.fitting import build_memory_bank
 from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
-from anomalib_cfa.kept_features import IndexedBatch
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training_features import TrainingFeatures
-from anomalib_cfa.whole_file import write_whole_files
+from anomalib_cfa.training.checkpoints import check_checkpoint
+from anomalib_cfa.training.features import TrainingFeatures
+from anomalib_cfa.training.fitting import build_memory_bank
+from anomalib_cfa.training.gradient_blocks import sum_over_blocks
+from anomalib_cfa.training.kept_features import IndexedBatch
+from anomalib_cfa.training.whole_files import write_whole_files
 
 logger = logging.getLogger(__name__)
 

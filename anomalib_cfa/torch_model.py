@@ -9,12 +9,12 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
-from anomalib_cfa.bank_building import BankBuilder, EmaBank, KMeansBank, MeanBank
-from anomalib_cfa.calibration import CenterCalibration
+from anomalib_cfa.bank.builders import BankBuilder, EmaBank, KMeansBank, MeanBank
+from anomalib_cfa.bank.calibration import CenterCalibration
+from anomalib_cfa.bank.folded_bank import FoldedBank
+from anomalib_cfa.bank.memory_bank import MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
-from anomalib_cfa.folded_bank import FoldedBank
-from anomalib_cfa.memory_bank import MemoryBank
-from anomalib_cfa.patch_features import PatchFeatures
+from anomalib_cfa.features.patch_features import PatchFeatures
 from anomalib_cfa.views import average_views, central_view
 
 # Of a block's patch descriptors: what a CPU's caches hold, or what an accelerator's memory can spare.

@@ -107,7 +107,7 @@ def k_means(task: Task) -> Result:
 
 def cluster_ours(points: Tensor, clusters: int, seed: int) -> Tensor:
     """This package's."""
-    from anomalib_cfa.bank_building import k_means as ours  # noqa: PLC0415 - not in anomalib's process
+    from anomalib_cfa.bank.builders import k_means as ours  # noqa: PLC0415 - not in anomalib's process
 
     return ours(points, clusters, seed)
 
@@ -122,7 +122,7 @@ def cluster_anomalib(points: Tensor, clusters: int, seed: int) -> Tensor:
 
 def recall(task: Task) -> Result:
     """Search a memory bank with each kind of index for the patches of images, and compare with brute force."""
-    from anomalib_cfa.memory_bank import MemoryBank  # noqa: PLC0415 - not in anomalib's process
+    from anomalib_cfa.bank.memory_bank import MemoryBank  # noqa: PLC0415 - not in anomalib's process
 
     model = build_model(task)
     model.load_state_dict(torch.load(task["state"], weights_only=True))

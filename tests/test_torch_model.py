@@ -6,9 +6,9 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.blockwise import sum_over_blocks
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 
 BACKBONES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 
@@ -25,7 +25,7 @@ def built(backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, 
 
 
 # The formula in float32: where candidates are ranked in bfloat16, tests/test_search.py bounds what that may miss.
-@mock.patch("anomalib_cfa.search._ranking_dtype", mock.Mock(return_value=torch.float32))
+@mock.patch("anomalib_cfa.bank.search._ranking_dtype", mock.Mock(return_value=torch.float32))
 @settings(max_examples=25)
 @example("test_efficientnet", (2, 5), 1, "all", 0.0, "exact", 59)
 @given(

@@ -1,0 +1,1 @@
+"""The memory bank: its centres, how they are built, searched and calibrated."""

@@ -1,0 +1,139 @@
+"""What is done to an OpenVINO model so that it computes what was tested, in memory that is used again.
+
+Where the CPU can, OpenVINO computes in bfloat16 unless its caller objects, and a file cannot object for a whole model.
+Measured on the magnetic tiles, that flips the label of one image in a hundred, even if the backbone alone does it; so a
+mark on each operation keeps it in float32.
+"""
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# The legacy key of ov::DisableFP16Compression, the only one that Python can set. It is saved, under its new name.
+_KEEP_FLOAT32 = "precise_0"
+_NO_OPERATIONS = ("Parameter", "Result", "Constant")
+
+
+def module_names(onnx_path: Path) -> dict[str, str]:
+    """Find the module that each node of an exported ONNX file comes from.
+
+    Args:
+        onnx_path: A file that :func:`torch.onnx.export` wrote.
+
+    Returns:
+        The module's dotted path (``model.descriptor``) by the node's name, for those nodes for which it is known.
+    """
+    import onnx  # noqa: PLC0415 - optional
+
+    names = {}
+    for node in onnx.load(str(onnx_path), load_external_data=False).graph.node:
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        # From the whole model to the operation itself: ['', 'model', 'model.descriptor', 'conv2d'].
+        scopes = ast.literal_eval(metadata.get("pkg.torch.onnx.name_scopes", "[]"))
+        if len(scopes) > 1:
+            names[node.name] = scopes[-2]
+    return names
+
+
+def outside_of(module: str, model: Any, names: Mapping[str, str]) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
+    """Operations of an OpenVINO model that do not come from a module.
+
+    Args:
+        module: The module's dotted path.
+        model: The OpenVINO model.
+        names: :func:`module_names` of the ONNX file that it was converted from.
+
+    Returns:
+        The operations as :func:`operations` gives them. One that OpenVINO or NNCF added is taken to belong to what it
+        follows.
+    """
+    inside: set[str] = set()
+    outside = []
+    for operation in operations(model):
+        name = operation.get_friendly_name()
+        # What replaces a node, or is put before it, is often named after it: "node_Conv_1/fq_input_0".
+        if (source := names.get(name.partition("/")[0])) is not None:
+            belongs = f"{source}.".startswith(f"{module}.")
+        else:
+            belongs = any(value.get_node().get_friendly_name() in inside for value in operation.input_values())
+        if belongs:
+            inside.add(name)
+        else:
+            outside.append(operation)
+    return outside
+
+
+def operations(model: Any) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
+    """All operations of an OpenVINO model in the order in which they run, without inputs, outputs and constants."""
+    return [node for node in model.get_ordered_ops() if node.get_type_name() not in _NO_OPERATIONS]
+
+
+def use_single_output_max_pools(model: Any) -> None:  # noqa: ANN401 - OpenVINO is optional
+    """Replace max pools that also tell where the maxima lie: OpenVINO would replace them later, and lose their marks.
+
+    Args:
+        model: The OpenVINO model, changed in place.
+    """
+    from openvino import opset1  # noqa: PLC0415 - optional
+
+    for pool in operations(model):
+        if pool.get_type_name() != "MaxPool" or pool.get_output_size() == 1 or pool.output(1).get_target_inputs():
+            continue
+        attributes = pool.get_attributes()
+        if set(attributes["dilations"]) != {1}:
+            continue
+        names = ("strides", "pads_begin", "pads_end", "kernel", "rounding_type", "auto_pad")
+        plain = opset1.max_pool(pool.input_value(0), *map(attributes.get, names), name=pool.get_friendly_name())
+        for target in pool.output(0).get_target_inputs():
+            target.replace_source_output(plain.output(0))
+
+
+def keep_float32(marked: list[Any], constants_too: bool = True) -> None:
+    """Have operations computed in float32 whatever the precision, and the constants that they read saved so.
+
+    It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by
+    others: see the exported forms in :mod:`anomalib_cfa.export.network`.
+
+    Args:
+        marked: Operations of an OpenVINO model, marked in place.
+        constants_too: Whether their constants are never compressed.
+    """
+    for operation in marked:
+        constants = [value.get_node() for value in operation.input_values()] if constants_too else []
+        for node in (operation, *(node for node in constants if node.get_type_name() == "Constant")):
+            node.get_rt_info()[_KEEP_FLOAT32] = ""
+
+
+def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
+    """Run a batch as a loop over its images.
+
+    OpenVINO was seen to keep every tensor of an unknown size for the whole run, which for the rankings is patches x
+    centres. Within the loop the number of images is known to be one, and with it every size behind the resize: memory
+    is used again.
+
+    Args:
+        model: An OpenVINO model of one input, whose outputs all have the batch as their first dimension. It becomes
+            the loop's body.
+
+    Returns:
+        A model of the same input and outputs.
+    """
+    import openvino  # noqa: PLC0415 - optional
+    from openvino import opset13  # noqa: PLC0415 - optional
+
+    [inner] = model.get_parameters()
+    shape, names = inner.get_partial_shape(), [output.get_names() for output in model.outputs]
+    images = opset13.parameter(shape, inner.get_element_type(), name=inner.get_friendly_name())
+    images.output(0).set_names(inner.output(0).get_names())
+    shape[0] = openvino.Dimension(1)
+    model.reshape(shape)
+
+    loop = opset13.tensor_iterator()
+    loop.set_body(model)
+    slices = {"start": 0, "stride": 1, "part_size": 1, "end": -1, "axis": 0}
+    loop.set_sliced_input(inner, images.output(0), *slices.values())
+    outputs = [loop.get_concatenated_slices(result.output(0), *slices.values()) for result in model.get_results()]
+    for output, known in zip(outputs, names, strict=True):
+        output.set_names(known)
+    return openvino.Model([opset13.result(output) for output in outputs], [images])

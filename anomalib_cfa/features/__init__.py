@@ -1,0 +1,5 @@
+"""Images -> feature pyramid of a frozen, pre-trained backbone."""
+
+from anomalib_cfa.features.patch_features import PatchFeatures
+
+__all__ = ["PatchFeatures"]

@@ -1,0 +1,109 @@
+"""The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
+from anomalib_cfa.training.loaders import (
+    check_images,
+    feature_store,
+    renew_if_treated_otherwise,
+    shard_loader,
+    training_loader,
+)
+
+
+class TrainingFeatures:
+    """Gives the pooled feature pyramids of training batches, for the length of one fit.
+
+    Args:
+        module: The module that is fitted; attached to its trainer.
+        model: Its network.
+        pre_processor: What the images pass through.
+        seed: Governs the order of images.
+        budget: GiB of memory in which features may be kept; 0 keeps none.
+    """
+
+    def __init__(
+        self, module: LightningModule, model: CfaModel, pre_processor: nn.Module | None, seed: int, budget: float
+    ) -> None:
+        self.module = module
+        self.model = model
+        self.pre_processor = pre_processor
+        self.seed = seed
+        self.budget = budget
+        self.store: FeatureStore | None = None
+        self.datamodule: Any = getattr(module.trainer, "datamodule", None)
+        if isinstance(self.datamodule, AnomalibDataModule):
+            self.detach()  # what an interrupted fit left
+            original = self.datamodule.train_dataloader
+            vars(self.datamodule)["train_dataloader"] = partial(self._training_loader, original)
+
+    def detach(self) -> None:
+        """Give the data module its own loader back."""
+        if self.datamodule is not None:
+            vars(self.datamodule).pop("train_dataloader", None)
+
+    def _training_loader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
+        loader = original()
+        check_images(loader, self.pre_processor)
+        folder = Path(self.module.trainer.default_root_dir)
+        self.store = feature_store(loader, self.pre_processor, self.budget, folder)
+        return training_loader(loader, self.module.trainer, self.seed, self.store)
+
+    def start_epoch(self) -> None:
+        """Notice if the images are no longer treated as when their features were kept."""
+        if self.store is not None:
+            loader: Any = self.module.trainer.train_dataloader
+            renew_if_treated_otherwise(self.store, loader, self.pre_processor)
+
+    def start_training(self) -> None:
+        """Do without the loader's workers if no image is left to be read."""
+        if self.store is not None and self.store.is_complete:
+            loader: Any = self.module.trainer.train_dataloader
+            loader.num_workers = 0
+
+    def pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:
+        """Features of a batch that has passed the pre-processor.
+
+        Args:
+            batch: Images, or the places of images of which some may be kept.
+
+        Returns:
+            Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+        """
+        if not isinstance(batch, IndexedBatch):
+            images: Any = batch.image
+            return self.model.pyramid(images)
+        assert self.store is not None
+        if batch.image is None:
+            return self.store.get(batch.index, self.module.device)
+        return self.store.complete(batch, self.model.pyramid(batch.image))
+
+    @torch.no_grad()
+    def pyramids(self, task: str, most: int | None = None) -> Iterator[list[Tensor]]:
+        """Features of this process's share of the images, treated as training treats them.
+
+        Args:
+            task: What the progress bar says.
+            most: At most this many images over all processes, spread evenly. None: all.
+        """
+        trainer = self.module.trainer
+        loader = shard_loader(trainer, most)
+        for batch in tqdm(loader, task, disable=not trainer.is_global_zero, leave=False):
+            batch = trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
+            if isinstance(self.pre_processor, PreProcessor):
+                self.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)
+            with trainer.precision_plugin.forward_context():
+                yield self.pyramid(batch)

@@ -1,0 +1,206 @@
+"""Prepares the training images' loader: its order, and whether the images' features can be kept across epochs."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import AnomalibDataset
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms.v2 import Compose, Resize, Transform
+
+from anomalib_cfa.pre_processing import is_deterministic
+from anomalib_cfa.training.kept_features import FeatureStore, IndexedDataset
+
+logger = logging.getLogger(__name__)
+
+_CLIPPED_MODES = (
+    "I",
+    "F",
+)  # of 16 and 32 bits; conversion to RGB, as anomalib's reader does it, makes 255 of all above
+
+
+def training_loader(
+    loader: DataLoader[Any], trainer: Trainer, seed: int, store: FeatureStore | None
+) -> DataLoader[Any]:
+    """Rebuild a loader so that its order depends on the seed and the epoch alone, and kept features are used.
+
+    torch's sampler for several processes serves a single one as well: any number of processes sees the same global
+    batches, and a resumed run the order that it would have seen.
+
+    Args:
+        loader: The data module's loader.
+        trainer: Knows the processes.
+        seed: Governs the order.
+        store: The features to keep, if they can be.
+
+    Returns:
+        A loader of the same images; the same one where it does not shuffle and nothing is kept.
+    """
+    overfits: float = getattr(trainer, "overfit_batches", 0)  # Lightning then wants its own order
+    shuffles = isinstance(loader.sampler, RandomSampler) and not overfits
+    if loader.batch_size is None or (store is None and not shuffles):
+        return loader
+    dataset = loader.dataset if store is None else IndexedDataset(loader.dataset, store.signatures)  # type: ignore[arg-type]
+    sampler = (
+        DistributedSampler(dataset, trainer.world_size, trainer.global_rank, seed=seed, drop_last=loader.drop_last)
+        if shuffles
+        else loader.sampler
+    )
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn if store is None else dataset.collate_fn,  # type: ignore[attr-defined]
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def shard_loader(trainer: Trainer, most: int | None = None) -> DataLoader[Any]:
+    """A loader of this process's share of the training images, in the data set's order, each once over all processes.
+
+    Limits that the trainer puts on training batches hold here too.
+
+    Args:
+        trainer: Holds the training images' loader, and knows the processes.
+        most: At most this many images over all processes, spread evenly over the data set. None: all.
+
+    Raises:
+        TypeError: If the trainer does not have exactly one loader for training.
+        ValueError: If there are fewer images than processes.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        msg = f"The training data must come from one DataLoader, but comes from {type(loader).__name__}"
+        raise TypeError(msg)
+    batch_size = loader.batch_size or 1
+    dataset: Any = loader.dataset
+    images = min(len(dataset), int(trainer.num_training_batches) * batch_size * trainer.world_size)
+    if images < trainer.world_size:
+        msg = f"The training data must hold an image for each of {trainer.world_size} processes, but holds {images}"
+        raise ValueError(msg)
+    step = 1 if most is None else -(-images // max(most, trainer.world_size))
+    return DataLoader(
+        Subset(dataset, range(images)[::step][trainer.global_rank :: trainer.world_size]),
+        batch_size=batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def feature_store(
+    loader: DataLoader[Any], pre_processor: nn.Module | None, budget: float, folder: Path
+) -> FeatureStore | None:
+    """A store for the features of a loader's images, or None, saying why, where they may differ between epochs.
+
+    Args:
+        loader: The data module's loader.
+        pre_processor: What the images pass through after the data set's own transforms.
+        budget: GiB that may be held in memory; 0 keeps nothing.
+        folder: Where features beyond the budget go.
+    """
+    reason = "feature_budget is 0" if budget == 0 else _may_differ(loader, pre_processor)
+    if reason is not None:
+        logger.info("The training images' features are not kept across epochs: %s", reason)
+        return None
+    store = FeatureStore(len(loader.dataset), int(budget * 2**30), folder)  # type: ignore[arg-type]
+    store.treatment = _treatment(loader, pre_processor)
+    return store
+
+
+def renew_if_treated_otherwise(store: FeatureStore, loader: DataLoader[Any], pre_processor: nn.Module | None) -> None:
+    """Forget kept features if the transforms that the images pass through have changed since."""
+    treatment = _treatment(loader, pre_processor)
+    if treatment != store.treatment:
+        reason = _may_differ(loader, pre_processor)
+        logger.info(
+            "The training images' transforms have changed; their features are %skept", "not " if reason else "newly "
+        )
+        store.clear()
+        store.enabled = reason is None
+        store.treatment = treatment
+
+
+def _treatment(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str:
+    return repr((_images(loader).augmentations, getattr(pre_processor, "transform", None)))
+
+
+def _images(loader: DataLoader[Any]) -> Any:  # noqa: ANN401
+    """The data set of a loader, without the wrapper that knows which features are kept."""
+    return loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
+
+
+def _may_differ(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str | None:
+    """Why the same image could lead to other features in another epoch, or None. No transform says so of itself."""
+    dataset = _images(loader)
+    if not isinstance(dataset, AnomalibDataset) or type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
+        return f"{type(dataset).__name__} reads images in a way of its own"
+    if not isinstance(loader.dataset, IndexedDataset) and loader.collate_fn != dataset.collate_fn:
+        return "the data module has a collate function of its own"
+    if pre_processor is not None and type(pre_processor) is not PreProcessor:
+        return f"{type(pre_processor).__name__} is not anomalib's PreProcessor"
+    for transform in (dataset.augmentations, pre_processor.transform if pre_processor is not None else None):
+        if (unknown := is_deterministic(transform)) is not None:
+            return f"{unknown} is not known to treat an image alike each time"
+    return None
+
+
+def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> None:
+    """Check the training images of an anomalib data set before any work starts.
+
+    Raises:
+        ValueError: If there is none, one is anomalous or has more than 8 bits per channel, or they differ in size and
+            nothing brings them to one size: anomalib's collate function would quietly resize them to each other.
+    """
+    dataset = loader.dataset
+    if not isinstance(dataset, AnomalibDataset):
+        return
+    if len(dataset) == 0 or not dataset.has_normal:
+        msg = f"The training data must hold normal images, but {type(dataset).__name__} found none"
+        raise ValueError(msg)
+    if dataset.has_anomalous:
+        msg = f"The training data must hold normal images only, but {type(dataset).__name__} has anomalous ones"
+        raise ValueError(msg)
+    resizes = _resizes(dataset.augmentations) or _resizes(getattr(pre_processor, "transform", None))
+    _check_files(dataset.samples.image_path, of_any_size=resizes)
+
+
+def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
+    sizes: dict[tuple[int, int], str] = {}
+    for path in paths:
+        with Image.open(path) as image:
+            sizes.setdefault(image.size, path)
+            mode = image.mode
+        if mode.startswith(_CLIPPED_MODES):
+            msg = (
+                "The training images must have 8 bits per channel, since anomalib's reader clips larger values, but "
+                f"{path} is of Pillow's mode {mode!r}: convert the images, those to be tested alike"
+            )
+            raise ValueError(msg)
+        if len(sizes) > 1 and not of_any_size:
+            (first, first_path), (second, second_path) = sizes.items()
+            msg = (
+                "pre_processor must resize the images to one size, since they differ: "
+                f"{first_path} is {first[0]} x {first[1]}, {second_path} is {second[0]} x {second[1]}"
+            )
+            raise ValueError(msg)
+
+
+def _resizes(transform: Transform | None) -> bool:
+    if isinstance(transform, Compose):
+        return any(_resizes(part) for part in transform.transforms)
+    return isinstance(transform, Resize)

@@ -1,0 +1,260 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from anomalib.metrics import AUROC
+from anomalib.pre_processing import PreProcessor
+from exporting import assert_agree, fitted, predict, run_onnx, run_openvino, tiny
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from anomalib_cfa import Cfa
+from anomalib_cfa.export.openvino import operations
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+
+IMAGE_SIZES = [(32, 48), (64, 96), (128, 192), (256, 384), (77, 301)]  # 0.5, 1, 2 and 4 times the model's, and odd
+
+
+@pytest.fixture(scope="module")
+def model() -> Cfa:
+    return fitted(tiny())
+
+
+@pytest.fixture(scope="module")
+def openvino_path(model, tmp_path_factory) -> Path:
+    return model.to_openvino(tmp_path_factory.mktemp("openvino"))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_exporters_own_log_does_not_bury_the_result(tmp_path, caplog):
+    caplog.set_level("INFO")
+    fitted(tiny()).to_onnx(tmp_path)
+    assert not [record for record in caplog.records if record.name.startswith("onnx") and record.levelname == "INFO"]
+
+
+def test_onnx_agrees_for_images_of_any_size_and_number(model, tmp_path):
+    path = model.to_onnx(tmp_path)
+    assert path == tmp_path / "weights" / "onnx" / "model.onnx"
+    assert list(_files(tmp_path)) == ["weights/onnx/model.onnx"]
+    for size in IMAGE_SIZES:
+        for batch in (1, 3):
+            image = torch.rand(batch, 3, *size)
+            assert_agree(run_onnx(path, image), predict(model, image))
+
+
+def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path):
+    for size in IMAGE_SIZES:
+        for batch in (1, 3):
+            image = torch.rand(batch, 3, *size)
+            assert_agree(run_openvino(openvino_path, image), predict(model, image))
+
+
+def test_both_views_are_exported(tmp_path):
+    model = fitted(tiny(center_view=True))
+    onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
+    for size in IMAGE_SIZES:
+        image = torch.rand(2, 3, *size)
+        expected = predict(model, image)
+        assert_agree(run_onnx(onnx_path, image), expected)
+        assert_agree(run_openvino(openvino_path, image), expected)
+    network, image = model.model.eval(), torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        both = network(image).anomaly_map
+        network.center_view = False
+        assert not torch.allclose(network(image).anomaly_map, both, rtol=1e-2)
+
+
+def test_both_views_are_exported_without_a_resize(tmp_path):
+    model = fitted(tiny(center_view=True))
+    model.pre_processor = None
+    image = torch.rand(1, 3, 128, 72)
+    assert_agree(run_onnx(model.to_onnx(tmp_path, input_size=(128, 72)), image), predict(model, image))
+
+
+def test_fixed_input_size(model, tmp_path):
+    image = torch.rand(2, 3, 100, 75)
+    expected = predict(model, image)
+    assert_agree(run_onnx(model.to_onnx(tmp_path, input_size=(100, 75)), image), expected)
+    assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(100, 75)), image), expected)
+
+
+def test_centre_crop_and_a_pre_processor_of_ones_own(tmp_path):
+    transform = v2.Compose([v2.Resize((80, 112)), v2.CenterCrop((64, 96)), v2.Normalize([0.5] * 3, [0.25] * 3)])
+    model = fitted(tiny(pre_processor=PreProcessor(transform), image_size=None))
+    image = torch.rand(1, 3, 200, 150)
+    expected = predict(model, image)
+    assert_agree(run_onnx(model.to_onnx(tmp_path), image), expected)
+    assert_agree(run_openvino(model.to_openvino(tmp_path), image), expected)
+
+
+@pytest.mark.parametrize("compression", [None, CompressionType.FP16])
+def test_openvino_computes_in_float32_where_it_would_not(model, tmp_path, compression):
+    path = model.to_openvino(tmp_path, compression_type=compression)
+    image = torch.rand(2, 3, 150, 101)
+    low, full = (run_openvino(path, image, precision) for precision in ("bf16", "f32"))
+    assert_agree(low, full, tolerance=1e-6)
+
+
+def test_behind_the_resize_openvino_knows_all_sizes(openvino_path):
+    import openvino
+
+    [loop] = operations(openvino.Core().read_model(openvino_path))  # over the batch
+    rankings = [node for node in operations(loop.get_function()) if node.get_type_name() == "TopK"]
+    assert rankings
+    assert all(value.get_partial_shape().is_static for node in rankings for value in node.inputs())
+
+
+def test_inferencers_read_an_image_file(model, openvino_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # anomalib's inferencer leaves a cache in the working folder
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8)).save(file)
+    expected = predict(model, read_image(file, as_tensor=True)[None])
+    from_torch = TorchInferencer(model.to_torch(tmp_path), device="cpu").predict(file)
+    from_openvino = OpenVINOInferencer(openvino_path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).predict(file)
+    for prediction in (from_torch, from_openvino):
+        ours = {name: np.asarray(getattr(prediction, name)).reshape(value.shape) for name, value in expected.items()}
+        assert_agree(ours, expected)
+
+
+def test_thresholds_and_normalization_survive(tmp_path):
+    model = fitted(tiny())
+    images = [torch.rand(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)]
+    with torch.no_grad():
+        raw = torch.cat([model.model.eval()(model.pre_processor(image)).pred_score for image in images])
+    between = raw.max() - raw.min()
+    model.post_processor._image_threshold.copy_(raw.mean())
+    model.post_processor.image_min.copy_(raw.min() - between)
+    model.post_processor.image_max.copy_(raw.max() + between)
+    assert {bool(predict(model, image)["pred_label"][0]) for image in images} == {False, True}
+    path, onnx_path = model.to_openvino(tmp_path), model.to_onnx(tmp_path)
+    for image in images:
+        expected = predict(model, image)
+        for ours in (run_openvino(path, image), run_onnx(onnx_path, image)):
+            assert bool(ours["pred_label"][0]) == bool(expected["pred_label"][0])
+            assert_agree(ours, expected)
+
+
+def test_exports_leave_no_trace_in_each_other_or_in_the_model(tmp_path):
+    model = fitted(tiny())
+    modes = [module.training for module in model.modules()]
+    image = torch.rand(1, 3, 90, 90)
+    exports = [model.to_onnx, model.to_openvino, model.to_torch]
+    first = {export.__name__: export(tmp_path / "first") for export in exports}
+    second = {export.__name__: export(tmp_path / "second") for export in reversed(exports)}
+    np.testing.assert_equal(run_onnx(first["to_onnx"], image), run_onnx(second["to_onnx"], image))
+    np.testing.assert_equal(run_openvino(first["to_openvino"], image), run_openvino(second["to_openvino"], image))
+    assert [module.training for module in model.modules()] == modes
+    loss = sum(model.loss(model.model.targets(model.model.pyramid(torch.rand(1, 3, 64, 96)))[0], model.model.radius))
+    loss.backward()
+    assert model.model.descriptor.weight.grad is not None
+
+
+@pytest.mark.parametrize("export", ["to_torch", "to_onnx", "to_openvino"])
+def test_an_unfitted_model_is_not_exported(export, tmp_path):
+    with pytest.raises(RuntimeError, match="must be fitted"):
+        getattr(tiny(), export)(tmp_path)
+    assert not _files(tmp_path)
+
+
+@pytest.mark.parametrize("export", ["to_torch", "to_onnx", "to_openvino"])
+def test_a_file_is_replaced_only_by_a_whole_one(model, export, tmp_path, monkeypatch):
+    import openvino
+
+    path = getattr(model, export)(tmp_path)
+    before = _files(tmp_path)
+
+    def broken(*args, **kwargs):
+        target = kwargs.get("f") or args[1]
+        Path(target).write_bytes(b"half")
+        msg = "disk full"
+        raise OSError(msg)
+
+    for module, name in ((torch, "save"), (torch.onnx, "export"), (openvino, "save_model")):
+        monkeypatch.setattr(module, name, broken)
+    with pytest.raises(OSError, match="disk full"):
+        getattr(model, export)(tmp_path)
+    assert _files(tmp_path) == before
+    monkeypatch.undo()
+    os.utime(path, (0, 0))
+    assert getattr(model, export)(tmp_path) == path
+    assert path.stat().st_mtime > 0
+    assert _files(tmp_path).keys() == before.keys()
+
+
+def _mvtec(root: Path) -> MVTecAD:
+    return MVTecAD(root, category="tile", train_batch_size=2, eval_batch_size=2, num_workers=0)
+
+
+@pytest.mark.parametrize("compression_type", list(CompressionType))
+def test_compressed_models_are_smaller_and_agree(openvino_path, compression_type, rendered_mvtec, tmp_path):
+    if compression_type != CompressionType.FP16:
+        pytest.importorskip("nncf")
+    model = fitted(tiny())
+    model.post_processor.pixel_max.add_(1000)  # no score is clamped
+    path = model.to_openvino(tmp_path, compression_type=compression_type, datamodule=_mvtec(rendered_mvtec))
+    assert path.with_suffix(".bin").stat().st_size < openvino_path.with_suffix(".bin").stat().st_size
+    image = torch.rand(2, 3, 100, 130)
+    ours, expected = run_openvino(path, image), predict(model, image)
+    assert np.corrcoef(ours["anomaly_map"].ravel(), expected["anomaly_map"].ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_quantization_sees_training_images_only_and_each_as_the_model_does(
+    compression_type, model, rendered_mvtec, tmp_path, monkeypatch
+):
+    nncf = pytest.importorskip("nncf")
+    seen = {}
+
+    def quantize(model, calibration, *validation, **options):
+        for name, data in zip(("calibration", "validation"), (calibration, *validation), strict=False):
+            if isinstance(data, nncf.Dataset):
+                seen[name] = list(data.get_inference_data() if name == "calibration" else data.get_data())
+        return model
+
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    monkeypatch.setattr(nncf, "quantize_with_accuracy_control", quantize)
+    datamodule = _mvtec(rendered_mvtec)
+    datamodule.setup("fit")
+    del datamodule.test_data, datamodule.val_data
+    model.to_openvino(tmp_path, input_size=(50, 40), compression_type=compression_type, datamodule=datamodule)
+    assert {image.shape for image in seen["calibration"]} == {(1, 3, 50, 40)}
+    if compression_type == CompressionType.INT8_ACQ:
+        examples = seen["validation"]
+        assert {int(example.label) for example in examples} == {0, 1}
+        assert {tuple(example.mask.shape[-2:]) for example in examples} == {(64, 96)}
+        assert len(examples) + len(seen["calibration"]) == len(datamodule.train_data)
+
+
+def test_accuracy_control_takes_a_metric_of_ones_own(model, rendered_mvtec, tmp_path):
+    pytest.importorskip("nncf")
+    metric = AUROC(fields=["anomaly_map", "gt_mask"])
+    datamodule = _mvtec(rendered_mvtec)
+    model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=datamodule, metric=metric, max_drop=1)
+    assert metric.update_called
+
+
+def test_missing_images_and_wrong_drops_are_named(model, tmp_path):
+    for compression_type in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
+        with pytest.raises(ValueError, match=r"^datamodule must be given"):
+            model.to_openvino(tmp_path, compression_type=compression_type)
+    with pytest.raises(ValueError, match=r"^max_drop must be between 0 and 1, but is 2"):
+        model.to_openvino(tmp_path, max_drop=2)
+
+
+def test_a_module_of_another_kind_may_pre_process(tmp_path):
+    model = fitted(tiny())
+    model.pre_processor = nn.Identity()
+    image = torch.rand(1, 3, 64, 96)
+    assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(64, 96)), image), predict(model, image))

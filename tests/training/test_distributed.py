@@ -1,0 +1,134 @@
+"""Several processes on the loopback: one bank, the losses and metrics of a single process, and no hang."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from soak import SOAK
+
+from anomalib_cfa import Cfa
+from anomalib_cfa.demo.render import render_mvtec
+
+SCRIPT = Path(__file__).parents[1] / "support/distributed_fit.py"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eleven normal images, which no number of processes divides, and twelve to test, which two, three and four do."""
+    return render_mvtec(
+        tmp_path_factory.mktemp("images"), ["tile"], num_train=11, num_good=6, num_defective=2, image_size=64
+    )
+
+
+def fit(root, folder, processes, timeout=300, **options):
+    folder.mkdir()
+    command = [sys.executable, "-W", "ignore", SCRIPT, root, folder, processes, json.dumps(options)]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def states(root, folder, processes, **options):
+    done = fit(root, folder, processes, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def assert_one_and_the_same(together):
+    for state in together[1:]:
+        for name in state:
+            if name != "losses":
+                assert torch.equal(state[name], together[0][name]), name
+
+
+@pytest.fixture(scope="module")
+def fits(images, tmp_path_factory):
+    """Folder and states of a fit by a number of processes with the bank of means, run once for all tests."""
+    done = {}
+
+    def get(processes):
+        if processes not in done:
+            folder = tmp_path_factory.mktemp("fits") / str(processes)
+            done[processes] = folder, states(images, folder, processes, bank="mean")
+        return done[processes]
+
+    return get
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_one_bank_and_train_as_one_would(fits, processes):
+    _, (alone,) = fits(1)
+    _, together = fits(processes)
+    assert_one_and_the_same(together)
+    torch.testing.assert_close(together[0]["memory_bank.centers"], alone["memory_bank.centers"], rtol=1e-5, atol=1e-6)
+    # The first global batch holds the same images; the last one is filled up, as torch's sampler does.
+    losses = torch.stack([state["losses"] for state in together]).mean(dim=0)
+    torch.testing.assert_close(losses[0], alone["losses"][0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_metrics_of_several_processes_are_those_of_one(images, fits, tmp_path, processes):
+    folder, _ = fits(processes)
+    model = Cfa.load_from_checkpoint((folder / "checkpoint").read_text())
+    datamodule = MVTecAD(images, category="tile", eval_batch_size=2, num_workers=0)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    (expected,) = engine.test(model, datamodule=datamodule)
+    assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(expected, abs=1e-5)
+
+
+IN_SOAK = pytest.mark.skipif(not SOAK, reason="several processes take long: make soak")
+
+
+@pytest.mark.parametrize("bank", ["kmeans", pytest.param("ema", marks=IN_SOAK)])
+def test_the_other_banks_are_one_and_the_same_on_all_processes(images, tmp_path, bank):
+    """With features kept in files, one for each process."""
+    together = states(images, tmp_path / bank, 2, bank=bank, feature_budget=1e-9)
+    assert_one_and_the_same(together)
+    assert together[0]["memory_bank.centers"].isfinite().all()
+    assert not list((tmp_path / bank).rglob("tmp*"))
+
+
+@IN_SOAK
+def test_kept_features_do_not_change_what_several_processes_learn(images, fits, tmp_path):
+    _, kept = fits(2)
+    fresh = states(images, tmp_path / "fresh", 2, bank="mean", feature_budget=0)
+    for ours, theirs in zip(kept, fresh, strict=True):
+        torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dies", [(1, "step"), pytest.param((0, "bank"), marks=IN_SOAK)])
+def test_a_process_that_dies_ends_the_run_with_an_error(images, tmp_path, dies):
+    folder = tmp_path / "dies"
+    assert fit(images, folder, 2, dies=dies, timeout=200).returncode != 0
+    others = [int(path.read_text()) for path in folder.glob("pid*")]
+    assert len(others) == 2
+    deadline = time.monotonic() + 60
+    while any(map(is_running, others)):
+        assert time.monotonic() < deadline, "a process outlives the run"
+        time.sleep(0.2)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_the_bank_sums_over_processes_is_as_documented(fits, processes):
+    """The sizes that CONTRIBUTING.md states, and not more with more processes."""
+    folder, (state, *_) = fits(processes)
+    width, columns = state["descriptor.weight"].shape
+    channels, patches, centers = columns - 2, 8 * 8, len(state["memory_bank.centers"])
+    summed = sorted(json.loads((folder / "rank0.json").read_text())["summed"], reverse=True)
+    statistics = [8 * channels**2, 8 * channels]  # the whitened start: products and sums
+    assert summed[:4] == sorted([*statistics, 8 * patches * width, 3 * 8 * centers], reverse=True)
+    assert sum(summed[4:]) < 100  # counts
