@@ -1,11 +1,13 @@
 """Scores of patches -> anomaly map and score of the image."""
 
 import torch
-from anomalib.models.components.filters.blur import GaussianBlur2d, compute_kernel_size
+from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.resize import resize_weights
+
+_PARTS = 8  # the central view is 7 of 8 parts of a side: the paper's 224 of 256 pixels
 
 
 def softmin_scores(distances: Tensor) -> Tensor:
@@ -31,29 +33,25 @@ def softmin_scores(distances: Tensor) -> Tensor:
 class AnomalyMapGenerator(nn.Module):
     """Bring patch scores to the image's size and smooth them with a Gaussian.
 
+    Both are linear and separable, so that they are one matrix product along each axis.
+
     Args:
         sigma: Standard deviation of the Gaussian in pixels.
 
     Example:
         >>> AnomalyMapGenerator(sigma=4)(torch.rand(2, 16, 16), (64, 64)).shape
-        torch.Size([2, 1, 64, 64])
+        torch.Size([2, 64, 64])
     """
+
+    kernel: Tensor
 
     def __init__(self, sigma: float = 4.0) -> None:
         super().__init__()
         taps = compute_kernel_size(sigma)
-        # A Gaussian is separable: two passes of n taps in place of one of n x n.
-        self.blur = nn.Sequential(
-            GaussianBlur2d(sigma=sigma, kernel_size=(taps, 1)), GaussianBlur2d(sigma=sigma, kernel_size=(1, taps))
-        )
+        offsets = torch.arange(taps) - taps // 2
+        kernel = torch.exp(-(offsets / sigma).square() / 2)
+        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
         self.min_image_size = taps // 2 + 1  # the blur reflects at the border
-
-    @property
-    def kernel(self) -> Tensor:
-        """The Gaussian along one axis, of shape (taps,)."""
-        first = self.blur[0]
-        assert isinstance(first, GaussianBlur2d)
-        return first.kernel.flatten()
 
     def forward(self, scores: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Make the anomaly map.
@@ -63,15 +61,18 @@ class AnomalyMapGenerator(nn.Module):
             image_size: Height and width of the map, in pixels.
 
         Returns:
-            Anomaly maps of shape (B, 1, *image_size).
+            Anomaly maps of shape (B, *image_size).
         """
-        anomaly_map = F.interpolate(scores[:, None], size=image_size, mode="bilinear", align_corners=False)
-        smoothed: Tensor = self.blur(anomaly_map)
-        return smoothed
+        rows, columns = (
+            smoothed_resize_weights(patches, pixels, self.kernel)
+            for patches, pixels in zip(scores.shape[1:], image_size, strict=True)
+        )
+        anomaly_map: Tensor = rows.T[None] @ scores @ columns[None]
+        return anomaly_map
 
 
 def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
-    """Weights that do along one axis what :class:`AnomalyMapGenerator` does: resize, and smooth with a kernel.
+    """Weights that resize one axis bilinearly, and smooth it with a kernel.
 
     Args:
         size: Patches along the axis; may be symbolic, as ``new_size``.
@@ -92,4 +93,36 @@ def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
     # Beyond its ends the axis is mirrored, without repeating the last pixel.
     smooth = taps(new_pixel - pixel)
     smooth = smooth + taps(new_pixel + pixel) * (pixel > 0) + taps(new_pixel + pixel - 2 * last) * (pixel < last)
-    return resize_weights(size, new_size, antialias=False, device=kernel.device).T @ smooth
+    resize = resize_weights(size, new_size, antialias=False, dtype=kernel.dtype, device=kernel.device)
+    return resize.T @ smooth
+
+
+def central_view(images: Tensor) -> Tensor:
+    """The centre of images, seven eighths of a side, as a batch of smaller images (CFA++).
+
+    Args:
+        images: Images, or maps, of shape (..., H, W).
+    """
+    (top, height), (left, width) = (_middle(side) for side in images.shape[-2:])
+    return images[..., top : top + height, left : left + width]
+
+
+def average_views(whole: Tensor, central: Tensor) -> Tensor:
+    """Average two anomaly maps where both views see the image; elsewhere the whole image's stays (CFA++).
+
+    Args:
+        whole: Maps of whole images, of shape (B, H, W).
+        central: Maps of their :func:`central_view`, of shape (B, h, w).
+
+    Returns:
+        Maps of shape (B, H, W).
+    """
+    (top, height), (left, width) = (_middle(side) for side in whole.shape[-2:])
+    margins = (left, whole.shape[-1] - left - width, top, whole.shape[-2] - top - height)
+    return whole + F.pad((central - central_view(whole)) / 2, margins)
+
+
+def _middle(side: int) -> tuple[int, int]:
+    """Where the central view begins, and its length, both in pixels."""
+    length = side * (_PARTS - 1) // _PARTS
+    return (side - length) // 2, length

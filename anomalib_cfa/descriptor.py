@@ -1,12 +1,13 @@
 """Patch descriptor: pooled feature pyramid -> target-oriented patch descriptors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
+from anomalib_cfa.resize import resize_weights
 from anomalib_cfa.whitening import whitening
 
 # Standard deviation to which the features of other backbones and layers are scaled for a whitened start: that of the
@@ -21,6 +22,9 @@ class PatchDescriptor(nn.Module):
     [-1, 1], and convolves. Resizing and a 1x1 convolution are both linear and the resize's weights sum to one, so they
     commute: here each level is convolved at its own resolution and only then resized and summed. The result is the
     same up to rounding, and no map of all channels at full resolution is ever stored.
+
+    All is matrix products, so that training, evaluation and every exported graph compute the same. Products also keep
+    their float32 mark in OpenVINO, where other forms lose it (:mod:`anomalib_cfa.export.openvino`).
 
     Args:
         channels: Channels of each pyramid level, finest first.
@@ -59,7 +63,7 @@ class PatchDescriptor(nn.Module):
     def start_whitened(self, mean: Tensor, covariance: Tensor, seed: int, power: float) -> None:
         """Start from weights that whiten the patch features; those of the coordinates stay.
 
-        From then on the features are centred, too: else the first steps would move all patches alike, and far.
+        From then on the features are centred, too: otherwise the first steps would move all patches alike, and far.
 
         Args:
             mean: Mean of the patch features, of shape (C,).
@@ -74,21 +78,16 @@ class PatchDescriptor(nn.Module):
         self.weight[:, : len(covariance)] = whitening(covariance * scale**2, self.width, seed, power)
         self.bias.zero_()
 
-    def affine(self, dtype: torch.dtype | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The descriptor as a map of features as they are, their centring and scale absorbed.
-
-        Args:
-            dtype: To compute it in. Defaults to the weights' own.
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The descriptor as a map of features and coordinates as they are, centring and scale absorbed.
 
         Returns:
-            Weights of each level, of shape (D, C_l), of y and x, of shape (D, 2), and the offset, of shape (D,).
+            Weights of the features of all levels, of y and of x, of shape (D, C + 2), and the offset, of shape (D,).
         """
-        weight, bias, mean, scale = (
-            tensor.to(dtype) for tensor in (self.weight, self.bias, self.feature_mean, self.feature_scale)
-        )
-        feature_weight, coordinate_weight = weight.split([sum(self.channels), 2], dim=1)
-        feature_weight = feature_weight * scale
-        return feature_weight.split(self.channels, dim=1), coordinate_weight, bias - feature_weight @ mean
+        feature_weight, coordinate_weight = self.weight.split([sum(self.channels), 2], dim=1)
+        feature_weight = feature_weight * self.feature_scale
+        offset = self.bias - feature_weight @ self.feature_mean
+        return torch.cat([feature_weight, coordinate_weight], dim=1), offset
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Describe every patch of the finest level.
@@ -97,33 +96,34 @@ class PatchDescriptor(nn.Module):
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Patch descriptors of shape (B, h, w, D), contiguous, h and w being the finest level's.
+            Patch descriptors of shape (B, h, w, D), h and w being the finest level's.
         """
-        height, width = pyramid[0].shape[-2:]
-        level_weights, coordinate_weight, offset = self.affine()
-        at_patch = patch_coordinates(height, width, offset) @ coordinate_weight.T + offset
-        # Channels last throughout: as a matrix product for each level, each patch's descriptor in one piece. In place,
-        # since maps of this size cost as much to allocate as to add.
-        finest, *coarser = (
-            F.linear(rearrange(features, "b c h w -> b h w c"), weight)
-            for features, weight in zip(pyramid, level_weights, strict=True)
-        )
-        descriptors: Tensor = finest.add_(at_patch)
-        for level in coarser:
-            descriptors.add_(_resize(level, height, width))
-        return descriptors
+        weight, offset = self.affine()
+        finest, *coarser, of_y, of_x = weight.T.split([*self.channels, 1, 1])
+        maps = [rearrange(level, "b c h w -> b h w c") for level in pyramid]
+        batch, height, width, _ = maps[0].shape
+        y, x = (coordinates(size).to(maps[0]) for size in (height, width))
+        # The coordinates are a level of two columns, for 1 and x: added on, an exported graph would hold them for all
+        # patches. A factor of ones keeps float32 in OpenVINO, where "expand" would not.
+        of_one = y @ of_y + offset
+        of_coordinates = torch.stack([of_one, of_x.expand_as(of_one)], dim=1)
+        rows = [of_coordinates[None] * torch.ones(batch, 1, 1, 1).to(x)]
+        columns = [torch.cat([torch.ones_like(x), x], dim=1)]
+        for level, level_weight in zip(maps[1:], coarser, strict=True):
+            projected = (level @ level_weight).flatten(2)
+            to_height, to_width = (
+                resize_weights(size, new_size, antialias=False, dtype=level.dtype, device=level.device)
+                for size, new_size in zip(level.shape[1:3], (height, width), strict=True)
+            )
+            rows.append((to_height[None] @ projected).reshape(batch, height, level.shape[2], -1))
+            columns.append(to_width)
+        described: Tensor = torch.cat(columns, dim=1)[None, None] @ torch.cat(rows, dim=2) + maps[0] @ finest
+        return described
 
 
-def _resize(maps: Tensor, height: int, width: int) -> Tensor:
-    """Resize channels-last maps of shape (B, h_l, w_l, D) bilinearly to (B, height, width, D)."""
-    maps = rearrange(maps, "b h w d -> b d h w")
-    resized = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
-    return rearrange(resized, "b d h w -> b h w d")
-
-
-def patch_coordinates(height: int, width: int, like: Tensor) -> Tensor:
-    """Each patch's y and x in [-1, 1], of shape (h, w, 2)."""
-    y, x = (
-        2 * torch.arange(size, device=like.device, dtype=like.dtype) / max(size - 1, 1) - 1 for size in (height, width)
-    )
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+def coordinates(size: int) -> Tensor:
+    """Coordinates of ``size`` patches along an axis, from -1 to 1, of shape (size, 1). A single one has 0."""
+    centred = (2 * torch.arange(size)[:, None] - (size - 1)).float()
+    steps: Any = torch.sym_max(size - 1, 1)
+    scaled: Tensor = centred * (1 / steps)
+    return scaled

@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anomalib_cfa.bank.builders import BANK_KINDS
-from anomalib_cfa.bank.search import SEARCH_KINDS
+from anomalib_cfa.bank import BANK_BUILDERS, SEARCH_KINDS
+
+SCORES = ("local", "nearest", "softmin", "calibrated")
 
 
 def _is_number(value: object) -> bool:
@@ -17,7 +18,7 @@ def _is_positive_integer(value: object) -> bool:
 
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "gamma_c": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "gamma_c": ("None or a number above 0", lambda value: value is None or (_is_number(value) and value > 0)),
     "gamma_d": ("an integer of at least 1", _is_positive_integer),
     "num_nearest_neighbors": ("an integer of at least 1", _is_positive_integer),
     "num_hard_negative_features": (
@@ -26,18 +27,12 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "radius": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
     "alpha": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
-    "nu": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "bank": (f"one of {', '.join(map(repr, BANK_KINDS))}", lambda value: value in BANK_KINDS),
-    "beta": (
-        "None, for 1 / i, or a number above 0 and at most 1",
-        lambda value: value is None or (_is_number(value) and 0 < value <= 1),
+    "bank": (f"one of {', '.join(map(repr, BANK_BUILDERS))}", lambda value: value in BANK_BUILDERS),
+    "whitening": (
+        "None or a number from 0 to 1",
+        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
     ),
-    "descriptor_start": ("'whitened' or 'random'", lambda value: value in ("whitened", "random")),
-    "whitening": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
-    "score": (
-        "'calibrated', 'nearest' or 'softmin'",
-        lambda value: value in ("calibrated", "nearest", "softmin"),
-    ),
+    "score": ("one of " + ", ".join(map(repr, SCORES)), lambda value: value in SCORES),
     "search": (f"one of {', '.join(map(repr, SEARCH_KINDS))}", lambda value: value in SEARCH_KINDS),
     "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "pre_trained": ("True or False", lambda value: isinstance(value, bool)),
@@ -65,7 +60,7 @@ def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
             msg = f"{name} must be {requirement}, but is {value!r}"
             raise ValueError(msg)
     gamma_c, bank = hyperparameters.get("gamma_c", 1), hyperparameters.get("bank", "kmeans")
-    if gamma_c < 1 and bank != "kmeans":
+    if gamma_c is not None and gamma_c < 1 and bank != "kmeans":
         msg = f"gamma_c must be at least 1 where bank is {bank!r}, which makes no more centres than T, but is {gamma_c}"
         raise ValueError(msg)
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -24,17 +23,18 @@ from anomalib_cfa import pre_processing
 from anomalib_cfa.export import CfaExport
 from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
 from anomalib_cfa.loss import CfaLoss
+from anomalib_cfa.old_names import current_search, from_old_names
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training.checkpoints import check_checkpoint
+from anomalib_cfa.training.checkpoints import check_checkpoint, drop_old_tensors
 from anomalib_cfa.training.features import TrainingFeatures
-from anomalib_cfa.training.fitting import build_memory_bank
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
+from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.whole_files import write_whole_files
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 3
+DEFAULT_EPOCHS = 1
 
 
 class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib's own mixin
@@ -45,7 +45,8 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
     Args:
         backbone: A timm model by its name, with or without tag.
         gamma_c: The memory bank holds T / gamma_c centres, T being the patches of an image. Below 1 it holds more than
-            an image has patches, which K-means alone can do.
+            an image has patches, which K-means alone can do. None: 16,384 centres of K-means, fewer where there are few
+            patches; of the other banks T.
         gamma_d: A patch descriptor has as many channels as the chosen layers together, divided by gamma_d.
         num_nearest_neighbors: K, the nearest centres that attract a patch, and by which it is scored.
         num_hard_negative_features: J, the centres behind them that repel it.
@@ -61,19 +62,18 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         weights_path: A local file to take them from instead, ``.safetensors`` or ``.pth``.
         bank: How the centres are made: ``"kmeans"`` over patches of all images; the ``"mean"`` of each position, as the
             authors' code has it; or the paper's ``"ema"`` of nearest neighbours.
-        beta: The EMA's weight of the newest image. None: 1 / i.
-        descriptor_start: Weights that the patch descriptor starts with: ``"whitened"``, which even out how much the
-            target's patch features vary in each direction, or the paper's, ``"random"``.
-        whitening: How far a whitened start goes: with 1 they vary alike in every direction, with 0 as they are, at 0.5
-            half-way between.
+        whitening: How far the patch descriptor's start evens out how much the target's patch features vary in each
+            direction: 1 makes them vary alike, 0 leaves them as they are. None: the paper's random start.
         learn_radius: Whether the radius is trained with the descriptor.
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
-        nu: The loss is multiplied by 1 / nu.
-        search: Finds the targets of attraction and repulsion: ``"exact"``, ``"ivf"`` or ``"hnsw"``.
+        search: How a patch's nearest centres are found: ``"two_level"``, in time that grows with the square root of the
+            bank, or ``"exact"``, among all.
         lr: Learning rate of AdamW. From a random start the authors take 1e-3.
         weight_decay: Weight decay of AdamW.
-        score: A patch's score: the distance to the ``"nearest"`` centre; that distance ``"calibrated"`` by what is
-            usual for normal patches there; or the paper's, weighted by its ``"softmin"`` among the K nearest.
+        score: ``"local"``: the anomaly map shows distances to the nearest centre, and the image's score relates them to
+            what is usual for normal patches around that centre. ``"nearest"``: the distance alone, for both.
+            ``"softmin"``: the paper's, weighted by its softmin among the K nearest. ``"calibrated"``: 0.1.0's, related
+            to what is usual at that one centre, for both.
         sigma: Standard deviation of the anomaly map's smoothing, in pixels.
         center_view: Whether the centre of the image, seven eighths of a side, is scored once more as a view of its own,
             and both views are averaged there (CFA++).
@@ -95,7 +95,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
-        gamma_c: float = 1,
+        gamma_c: float | None = None,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
@@ -108,23 +108,24 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         pre_trained: bool = True,
         weights_path: str | None = None,
         bank: str = "kmeans",
-        beta: float | None = None,
-        descriptor_start: str = "whitened",
-        whitening: float = 0.5,
+        whitening: float | None = 0.5,
         learn_radius: bool = True,
         alpha: float = 0.1,
-        nu: float = 1e-3,
-        search: str = "ivf",
+        search: str = "two_level",
         lr: float = 1e-4,
         weight_decay: float = 5e-4,
-        score: str = "calibrated",
+        score: str = "local",
         sigma: float = 4.0,
         center_view: bool = False,
         seed: int = 0,
         image_size: list[int] | int | None = None,
         center_crop_size: list[int] | int | None = None,
         feature_budget: float = 1.0,
+        **old_names: Any,  # noqa: ANN401 - arguments of 0.1.0
     ) -> None:
+        whitening = from_old_names(**old_names).get("whitening", whitening)
+        search = current_search(search)
+        old_names.clear()  # Lightning saves these locals as hyper-parameters
         check_hyperparameters(
             gamma_c=gamma_c,
             gamma_d=gamma_d,
@@ -134,12 +135,9 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             pre_trained=pre_trained,
             learn_radius=learn_radius,
             bank=bank,
-            beta=beta,
-            descriptor_start=descriptor_start,
             whitening=whitening,
             score=score,
             alpha=alpha,
-            nu=nu,
             search=search,
             lr=lr,
             weight_decay=weight_decay,
@@ -172,14 +170,14 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             radius=radius,
             learn_radius=learn_radius,
             bank=bank,
-            beta=beta,
+            whitening=whitening,
             search=search,
             score=score,
             sigma=sigma,
             center_view=center_view,
             seed=seed,
         )
-        self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha, nu)
+        self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha)
         self._features: TrainingFeatures | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
@@ -229,7 +227,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
                 trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
-                logger.info("Training for %d epochs, as no number of epochs, steps or time is given", DEFAULT_EPOCHS)
+                logger.info("Training for %d epoch, as no number of epochs, steps or time is given", DEFAULT_EPOCHS)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -262,8 +260,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
         else:
             self.model.patch_features.load_weights()
-            whitening = self.hparams["whitening"] if self.hparams["descriptor_start"] == "whitened" else None
-            build_memory_bank(self.model, self._features, self.trainer.strategy, whitening=whitening)
+            self.model.fit(self._features, Processes.of(self.trainer.strategy))
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""
@@ -327,7 +324,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         self._finish_calibration()
 
     def _finish_calibration(self) -> None:
-        self.model.calibration.finish(partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        self.model.finish_calibration(Processes.of(self.trainer.strategy))
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Predict a batch."""
@@ -346,6 +343,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint, and restore what anomalib saves of its components."""
+        drop_old_tensors(checkpoint)
         check_checkpoint(checkpoint, self.hparams)
         super().on_load_checkpoint(checkpoint)
         pre_processing.make_exportable(self.pre_processor)

@@ -1,25 +1,28 @@
 """The network of CFA, free of Lightning: images -> patch descriptors -> distances to the memory bank -> anomaly map."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
-from anomalib_cfa.bank.builders import BankBuilder, EmaBank, KMeansBank, MeanBank
-from anomalib_cfa.bank.calibration import CenterCalibration
-from anomalib_cfa.bank.folded_bank import FoldedBank
-from anomalib_cfa.bank.memory_bank import MemoryBank
+from anomalib_cfa.anomaly_map import AnomalyMapGenerator, average_views, central_view, softmin_scores
+from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
-from anomalib_cfa.features.patch_features import PatchFeatures
-from anomalib_cfa.views import average_views, central_view
+from anomalib_cfa.features import PatchFeatures
+from anomalib_cfa.hyperparameters import check_neighbors
+from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.whitening import PatchStatistics
+
+logger = logging.getLogger(__name__)
 
 # Of a block's patch descriptors: what a CPU's caches hold, or what an accelerator's memory can spare.
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_BYTES_ON_ACCELERATOR = 2**30
+_NEIGHBORS = 8  # centres, a centre itself among them, whose patches say what is usual around it
 
 
 class CfaModel(nn.Module):
@@ -28,10 +31,10 @@ class CfaModel(nn.Module):
     The arguments are those of :class:`anomalib_cfa.Cfa`, which checks them.
 
     Example:
+        Features from anywhere fit a memory bank:
+
         >>> model = CfaModel("resnet18", pre_trained=False).eval()
-        >>> builder = model.bank_builder()
-        >>> builder.update(model.describe(model.patch_features(torch.rand(4, 3, 64, 64))).flatten(1, 2))
-        >>> model.assign_bank(builder.centers())
+        >>> model.fit([model.pyramid(torch.rand(4, 3, 64, 64))])
         >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
         torch.Size([1, 64, 64])
     """
@@ -43,16 +46,16 @@ class CfaModel(nn.Module):
         pre_trained: bool = True,
         weights_path: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
-        gamma_c: float = 1,
+        gamma_c: float | None = None,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
         num_hard_negative_features: int = 3,
         radius: float = 1e-5,
         learn_radius: bool = True,
         bank: str = "kmeans",
-        beta: float | None = None,
-        search: str = "ivf",
-        score: str = "calibrated",
+        whitening: float | None = 0.5,
+        search: str = "two_level",
+        score: str = "local",
         sigma: float = 4.0,
         center_view: bool = False,
         seed: int = 0,
@@ -62,7 +65,7 @@ class CfaModel(nn.Module):
         self.num_nearest_neighbors = num_nearest_neighbors
         self.num_hard_negative_features = num_hard_negative_features
         self.bank = bank
-        self.beta = beta
+        self.whitening = whitening
         self.score = score
         self.center_view = center_view
         self.seed = seed
@@ -74,32 +77,67 @@ class CfaModel(nn.Module):
         self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
-        self._folded_bank: FoldedBank | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded_bank": None}
+    @torch.no_grad()
+    def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+        """Start the descriptor, build the memory bank with it, and calibrate the score: all that precedes training.
 
-    def train(self, mode: bool = True) -> "CfaModel":
-        """Go to training mode, or to evaluation mode."""
-        if mode:
-            self._folded_bank = None
-        return super().train(mode)
-
-    def bank_builder(
-        self, broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor, processes: int = 1, process: int = 0
-    ) -> BankBuilder:
-        """A builder of this model's kind of memory bank, to be fed all normal images.
+        All processes end with the same, bit for bit.
 
         Args:
-            broadcast: Hands the first process's tensor to all, where there are several.
-            processes: How many there are.
-            process: Which of them this is, from 0.
+            pyramids: Batches of normal images, each a pooled feature pyramid as :meth:`pyramid` gives it; walked over
+                several times. Each process has its own share of them.
+            processes: Those that share the images. Default: this one alone.
+
+        Raises:
+            ValueError: If there is no image, the images differ in size, or the bank would have fewer than K + J
+                centres.
         """
-        if self.bank == "kmeans":
-            return KMeansBank(self.gamma_c, self.seed, processes, process)
-        if self.bank == "ema":
-            return EmaBank(self.gamma_c, self.seed, self.beta, broadcast, is_first=process == 0)
-        return MeanBank(self.gamma_c, self.seed)
+        processes = processes or Processes()
+
+        def blocks(task: str) -> Iterator[list[Tensor]]:
+            for pyramid in tqdm(pyramids, task, disable=processes.rank != 0, leave=False):
+                yield from self.blocks(pyramid)
+
+        if self.whitening is not None:
+            statistics = PatchStatistics()
+            for block in blocks("Reading patch features"):
+                self._check_patches(block)
+                statistics.update(block)
+            mean, covariance = map(processes.broadcast, statistics.moments(processes))
+            self.descriptor.start_whitened(mean, covariance, self.seed, self.whitening)
+
+        builder = BANK_BUILDERS[self.bank](self.gamma_c, self.seed, processes)
+        for block in blocks("Building the memory bank"):
+            self._check_patches(block)
+            builder.update(self.describe(block))
+        centers, sources = builder.centers()
+        check_neighbors(len(centers), self.num_nearest_neighbors, self.num_hard_negative_features)
+        # K-means need not round alike on all machines.
+        self.assign_bank(processes.broadcast(centers), sources if sources is None else processes.broadcast(sources))
+
+        for block in blocks("Calibrating the score"):
+            squared, indices = self.memory_bank.nearest(self.describe(block), k=1)
+            self.calibration.update(squared.sqrt(), indices)
+        self.finish_calibration(processes)
+        logger.info("Built the memory bank: %d centres from %d images", len(centers), builder.count)
+
+    def finish_calibration(self, processes: Processes) -> None:
+        """Relate scores to the distances that the calibration has taken in.
+
+        Args:
+            processes: Those that share the images.
+        """
+        neighbors = None
+        if self.score == "local" and self.memory_bank.is_built:
+            neighbors = self.memory_bank.index.neighbors(min(_NEIGHBORS, len(self.memory_bank.centers)))
+        self.calibration.finish(neighbors, processes.sum)
+
+    def _check_patches(self, pyramid: Sequence[Tensor]) -> None:
+        """Check at the first images, before the long work, that a bank of a given gamma_c would be large enough."""
+        if self.gamma_c is not None:
+            patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
+            check_neighbors(int(patches / self.gamma_c), self.num_nearest_neighbors, self.num_hard_negative_features)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Extract what the patch descriptor reads.
@@ -114,11 +152,12 @@ class CfaModel(nn.Module):
             ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
         """
         height, width = images.shape[-2:]
-        self.patch_features.check_image_size(height, width)
-        smallest = self.anomaly_map_generator.min_image_size
-        if min(height, width) < smallest:
-            msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
-            raise ValueError(msg)
+        if not torch.compiler.is_exporting():
+            self.patch_features.check_image_size(height, width)
+            smallest = self.anomaly_map_generator.min_image_size
+            if min(height, width) < smallest:
+                msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
+                raise ValueError(msg)
         pyramid: list[Tensor] = self.patch_features(images)
         return pyramid
 
@@ -165,57 +204,56 @@ class CfaModel(nn.Module):
             self.describe(pyramid), self.num_nearest_neighbors + self.num_hard_negative_features
         )
 
-    def assign_bank(self, centers: Tensor) -> None:
-        """Set the memory bank's centres, of shape (N, D); their calibration starts anew."""
-        self.memory_bank.assign(centers)
+    def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
+        """Set the memory bank's centres, of shape (N, D); their calibration starts anew.
+
+        Args:
+            centers: Centres of shape (N, D).
+            sources: Where each came from, see :class:`~anomalib_cfa.bank.MemoryBank`.
+        """
+        self.memory_bank.assign(centers.to(self.descriptor.weight), sources)
         self.calibration.reset(len(centers))
 
-    def patch_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
+    def patch_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Score each patch.
 
         Args:
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Scores of shape (B, h, w).
+            Scores for the anomaly map and for the image's score, both of shape (B, h, w). They differ where ``score``
+            is ``"local"`` only.
 
         Raises:
             ValueError: If a distance is not finite.
         """
-        scores = torch.cat([self._block_scores(block) for block in self.blocks(pyramid)])
-        if not torch.isfinite(scores).all():
+        if torch.compiler.is_exporting():
+            return self._block_scores(pyramid)
+        of_map, of_image = map(torch.cat, zip(*map(self._block_scores, self.blocks(pyramid)), strict=True))
+        if not torch.isfinite(of_map).all():
             msg = "The images must hold finite values only, but lead to nan or infinite distances"
             raise ValueError(msg)
-        return scores
+        return of_map, of_image
 
-    def _block_scores(self, pyramid: Sequence[Tensor]) -> Tensor:
+    def _block_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        squared, indices = self._folded().nearest(pyramid, neighbors)
+        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
         distances = squared.sqrt()
-        if self.score == "softmin":
-            return softmin_scores(distances)
-        if self.score == "calibrated":
-            calibrated: Tensor = self.calibration(distances[..., 0], indices[..., 0])
-            return calibrated
-        return distances[..., 0]
+        nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances[..., 0]
+        if self.score in {"softmin", "nearest"}:
+            return nearest, nearest
+        calibrated: Tensor = self.calibration(nearest, indices[..., 0])
+        return (nearest if self.score == "local" else calibrated), calibrated
 
-    def _folded(self) -> FoldedBank:
-        """The bank for the descriptor at rest, made anew where they are no longer what it was made of."""
-        folded, centers = self._folded_bank, self.memory_bank.centers
-        if folded is None or not folded.is_of(self.descriptor, centers):
-            # Made aside and then put in place whole: several threads may arrive here at once.
-            folded = self._folded_bank = FoldedBank(self.descriptor, centers)
-        return folded
-
-    def forward(self, images: Tensor) -> Tensor | InferenceBatch:
-        """Distances in training, predictions otherwise.
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Predict.
 
         Args:
             images: Pre-processed images of shape (B, 3, H, W).
 
         Returns:
-            In training mode the squared distances of :meth:`targets`. In evaluation mode a batch with the anomaly maps,
-            of shape (B, H, W), and the image scores, their maxima, of shape (B,).
+            The anomaly maps, of shape (B, H, W), and the image scores, of shape (B,): the maxima of the maps, or, where
+            ``score`` is ``"local"``, of maps of calibrated distances that are not shown.
 
         Raises:
             RuntimeError: If the memory bank is not built yet.
@@ -224,14 +262,14 @@ class CfaModel(nn.Module):
         if not self.memory_bank.is_built:
             msg = "The memory bank is not built yet: fit the model, or load a checkpoint of a fitted one"
             raise RuntimeError(msg)
-        if self.training:
-            return self.targets(self.pyramid(images))[0]
-        anomaly_map = self._anomaly_map(images)
+        maps = self._maps(images)
         if self.center_view:
-            anomaly_map = average_views(anomaly_map, self._anomaly_map(central_view(images)))
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+            central = self._maps(central_view(images))
+            maps = [average_views(whole, center) for whole, center in zip(maps, central, strict=True)]
+        return InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
-    def _anomaly_map(self, images: Tensor) -> Tensor:
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The anomaly map and, where the image's score has another one, that, each of shape (B, H, W)."""
         scores = self.patch_scores(self.pyramid(images))
-        anomaly_map: Tensor = self.anomaly_map_generator(scores, images.shape[-2:]).squeeze(1)
-        return anomaly_map
+        chosen = scores if self.score == "local" else scores[:1]
+        return [self.anomaly_map_generator(patches, images.shape[-2:]) for patches in chosen]

@@ -6,12 +6,14 @@ contracts these directions, over many epochs. Whitening contracts them before th
 varies most is not all nuisance, and what hardly varies is mostly noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from anomalib_cfa.training.processes import Processes
 
 _PATCHES_PER_IMAGE = 64
 _SHRINKAGE = 0.01  # of the mean variance, added to each: directions of hardly any variance are mostly rounding
@@ -39,23 +41,24 @@ class PatchStatistics:
         self.total = total if self.total is None else self.total + total
         self.products = products if self.products is None else self.products + products
 
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Combine with those of the other processes.
+    def moments(self, processes: Processes) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the patch features that all processes took in.
 
         Args:
-            total: Sums a tensor over all processes.
-        """
-        assert self.total is not None
-        assert self.products is not None
-        self.count = int(total(torch.tensor(self.count, device=self.total.device)))
-        self.total, self.products = total(self.total), total(self.products)
+            processes: Those that share the images.
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the patch features, of shapes (C,) and (C, C), C being the channels of all levels."""
-        assert self.total is not None
-        assert self.products is not None
-        mean = self.total / self.count
-        return mean, self.products / self.count - torch.outer(mean, mean)
+        Returns:
+            Of shapes (C,) and (C, C), C being the channels of all levels.
+
+        Raises:
+            ValueError: If there was no image.
+        """
+        if self.total is None or self.products is None:
+            msg = "The normal images must be at least one, but there are none"
+            raise ValueError(msg)
+        count = processes.sum(torch.tensor(self.count, device=self.total.device))
+        mean = processes.sum(self.total) / count
+        return mean, processes.sum(self.products) / count - torch.outer(mean, mean)
 
 
 def whitening(covariance: Tensor, width: int, seed: int, power: float) -> Tensor:

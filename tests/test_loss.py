@@ -17,7 +17,7 @@ from anomalib_cfa.loss import CfaLoss
 def test_equals_the_formula(k, j, radius, alpha, seed):
     squared = torch.rand(7, k + j, generator=torch.Generator().manual_seed(seed)).sort(dim=-1).values
     r = torch.tensor(radius, requires_grad=True)
-    attraction, repulsion = CfaLoss(k, j, alpha, nu=1e-3)(squared, r)
+    attraction, repulsion = CfaLoss(k, j, alpha)(squared, r)
     expected = plain.loss(squared.double(), torch.tensor(radius).double(), k, j, alpha, 1e-3)
     torch.testing.assert_close((attraction + repulsion).double(), expected, rtol=1e-4, atol=1e-2)
 

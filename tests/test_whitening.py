@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_cfa.descriptor import PatchDescriptor
+from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.whitening import PatchStatistics, whitening
 
 
@@ -58,7 +59,7 @@ def test_statistics_are_of_the_pyramid_at_the_finest_resolution():
         statistics.update([level[start : start + 2] for level in pyramid])
     resized = torch.nn.functional.interpolate(pyramid[1], (8, 8), mode="bilinear")
     patches = torch.cat([pyramid[0], resized], dim=1).permute(0, 2, 3, 1).reshape(-1, 5)
-    mean, covariance = statistics.moments()
+    mean, covariance = statistics.moments(Processes())
     torch.testing.assert_close(mean, patches.double().mean(dim=0))
     torch.testing.assert_close(covariance, covariance_of(patches))
 

@@ -1,4 +1,4 @@
-"""Calibration of the score: what distance is usual at each centre of the memory bank."""
+"""Calibration of the score: what distance is usual around each centre of the memory bank."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 _PSEUDO_COUNT = 10  # patches' worth of weight given to the mean and variance of all centres
 
 
 class CenterCalibration(DynamicBufferMixin):
-    """Relates a patch's distance to what is usual for normal patches at the same centre.
+    """Relates a patch's distance to what is usual for normal patches around the same centre.
 
-    Training draws patches towards their centres, but not all to the same distance: where normal images vary, they stay
-    further out. A single scale for all centres scores such places high on every image. Here each centre has its own
-    mean and deviation, of the distances of those training patches to which it is the nearest, and a score counts
-    deviations. Both are drawn towards those of all patches, the more so the fewer patches a centre has.
+    Normal patches do not lie equally near to their centres: where normal images vary, they stay further out. A single
+    scale for all centres scores such places high on every image. Here each centre has a mean and a deviation, of the
+    distances of the training patches that are nearest to it or to one of its neighbours, and a score counts deviations
+    above the mean. Both are drawn towards those of all patches, the more so the fewer patches there are.
 
     Example:
         >>> calibration = CenterCalibration()
@@ -68,27 +69,35 @@ class CenterCalibration(DynamicBufferMixin):
         for sums, value in zip(self._sums, (torch.ones_like(values), values, values.square()), strict=True):
             sums.index_add_(0, indices, value)
 
-    def finish(self, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def finish(
+        self, neighbors: Tensor | None = None, total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
         """Compute mean and deviation from all that was taken in since :meth:`restart`; nothing changes if none was.
 
         Args:
+            neighbors: For each centre those whose patches count for it, itself among them, of shape (N, k). None: each
+                centre by itself.
             total: Sums a tensor over all processes.
         """
         if self._sums is None:
             return
         sums = total(self._sums.clone())
-        counts, distances, squares = sums
-        count = counts.sum()
+        count, distance, _ = sums.sum(dim=1)
         if count == 0:
             return
-        scatter = (squares - distances.square() / counts.clamp(min=1)).clamp(min=0)
-        mean = (distances + _PSEUDO_COUNT * distances.sum() / count) / (counts + _PSEUDO_COUNT)
-        variance = (scatter + _PSEUDO_COUNT * scatter.sum() / count) / (counts + _PSEUDO_COUNT)
+        of_all = _scatter(sums.sum(dim=1)) / count
+        if neighbors is None:
+            of_all = _scatter(sums).sum() / count  # within the centres: what lies between them is not theirs
+        else:
+            sums = sums[:, neighbors].sum(dim=2)
+        counts, distances, _ = sums
+        mean = (distances + _PSEUDO_COUNT * distance / count) / (counts + _PSEUDO_COUNT)
+        variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
         self.mean = mean.to(self.mean.dtype)
         self.deviation = variance.clamp(min=1e-12).sqrt().to(self.deviation.dtype)
 
     def forward(self, distances: Tensor, indices: Tensor) -> Tensor:
-        """Score patches, in deviations above what is usual at their centre.
+        """Score patches, in deviations above what is usual around their centre.
 
         Args:
             distances: Distance of each patch to its nearest centre, of any shape.
@@ -97,4 +106,15 @@ class CenterCalibration(DynamicBufferMixin):
         Returns:
             Scores of the same shape.
         """
-        return (distances - self.mean[indices]) / self.deviation[indices]
+        # As a product and a sum of looked-up numbers it keeps its float32 mark in OpenVINO.
+        scale = 1 / self.deviation[:, None]
+        shift = -self.mean[:, None] * scale
+        scores: Tensor = distances * F.embedding(indices, scale)[..., 0] + F.embedding(indices, shift)[..., 0]
+        return scores
+
+
+def _scatter(sums: Tensor) -> Tensor:
+    """Sum of squared deviations from the mean, of counts, sums and sums of squares of shape (3, ...)."""
+    counts, distances, squares = sums
+    scatter: Tensor = (squares - distances.square() / counts.clamp(min=1)).clamp(min=0)
+    return scatter

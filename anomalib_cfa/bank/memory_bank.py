@@ -1,24 +1,23 @@
 """Memory bank: the centres of the hyperspheres, a number that does not grow with the data set."""
 
-import logging
 from typing import Any
 
 import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 
-from anomalib_cfa.bank.search import NeighborSearch, nearest_centers, squared_distances
-
-logger = logging.getLogger(__name__)
+from anomalib_cfa.bank.search import CenterIndex
 
 
 class MemoryBank(DynamicBufferMixin):
     """Holds the centres, and finds and measures those nearest to a patch (paper, section III-B).
 
-    Its state is one plain tensor, the centres, of shape (N, D); empty until :meth:`assign`.
+    Its state is the centres, of shape (N, D), and where each came from, of shape (N, 3): the training image's place in
+    the data set, and the row and column of the patch that is nearest to the centre. Both are empty until
+    :meth:`assign`; a bank that does not know its patches has no sources.
 
     Args:
-        search: Kind of search for the targets of attraction and repulsion in training, see :class:`NeighborSearch`.
+        search: Kind of search, one of :data:`anomalib_cfa.bank.SEARCH_KINDS`.
 
     Example:
         >>> bank = MemoryBank()
@@ -29,22 +28,47 @@ class MemoryBank(DynamicBufferMixin):
     """
 
     centers: Tensor
+    sources: Tensor
 
-    def __init__(self, search: str = "ivf") -> None:
+    def __init__(self, search: str = "two_level") -> None:
         super().__init__()
-        self.search = NeighborSearch(search)
+        self.search = search
         self.register_buffer("centers", torch.empty(0, 0))
+        self.register_buffer("sources", torch.empty(0, 3, dtype=torch.int32))
+        self._index: CenterIndex | None = None
+        self._indexed: tuple[int, int | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = {name: module for name, module in self._modules.items() if name != "_index"}
+        return {**self.__dict__, "_modules": modules, "_index": None, "_indexed": None}
 
     @property
     def is_built(self) -> bool:
         """Whether there are centres."""
         return self.centers.numel() > 0
 
-    def assign(self, centers: Tensor) -> None:
+    @property
+    def index(self) -> CenterIndex:
+        """The search over the centres as they are now; built when it is first needed."""
+        if self._index is not None and torch.compiler.is_exporting():
+            return self._index  # the tensors that are traced are stand-ins
+        # An inference tensor has no version: nobody can change it in place outside of inference mode.
+        version = None if self.centers.is_inference() else self.centers._version  # noqa: SLF001 - has no other name
+        state = (self.centers.data_ptr(), version)
+        index = self._index
+        if index is None or self._indexed != state:
+            # Built aside and then put in place whole: several threads may arrive here at once.
+            with torch.inference_mode(mode=False), torch.autocast(self.centers.device.type, enabled=False):
+                index = CenterIndex(self.centers.clone() if self.centers.is_inference() else self.centers, self.search)
+            self._index, self._indexed = index, state
+        return index
+
+    def assign(self, centers: Tensor, sources: Tensor | None = None) -> None:
         """Set the centres.
 
         Args:
             centers: Centres of shape (N, D).
+            sources: Where each came from, of shape (N, 3); None if that is not known.
 
         Raises:
             ValueError: If a centre is not finite.
@@ -53,36 +77,33 @@ class MemoryBank(DynamicBufferMixin):
             msg = "The memory bank holds nan or infinite centres: the backbone's features are not finite"
             raise ValueError(msg)
         self.centers = centers.detach().contiguous()
-        self.search.reset()
+        self.sources = self.sources.new_empty(0, 3) if sources is None else sources.to(self.sources)
 
     def clear(self) -> None:
         """Forget the centres."""
         self.centers = self.centers.new_empty(0, 0)
-        self.search.reset()
+        self.sources = self.sources.new_empty(0, 3)
 
     def nearest(self, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Find and measure the k nearest centres.
-
-        In training mode the search is that of the index, and the distances are differentiable in the descriptors. In
-        evaluation mode the search is exact.
+        """Find and measure the k nearest centres, by the rule of :class:`CenterIndex`.
 
         Args:
             descriptors: Patch descriptors of shape (..., D).
             k: How many centres, at most N.
 
         Returns:
-            Squared distances in float32, nearest first, and the centres' indices, both of shape (..., k).
+            Squared distances in float32, nearest first, differentiable in the descriptors, and the centres' indices,
+            both of shape (..., k).
         """
-        shape = *descriptors.shape[:-1], k
-        queries = descriptors.flatten(0, -2)
-        with torch.autocast(descriptors.device.type, enabled=False):
-            if self.training:
-                indices = self.search(queries, self.centers, k)
-                squared = squared_distances(queries, self.centers, indices)
-            else:
-                squared, indices = nearest_centers(queries.float(), self.centers.float(), k)
-            return squared.reshape(shape), indices.reshape(shape)
+        squared, indices = self.index(descriptors, k)
+        return squared, indices
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super()._load_from_state_dict(*args, **kwargs)
-        self.search.reset()
+    def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
+        # To another device or precision: the index is rebuilt there, always in float32.
+        self._index = self._indexed = None
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        state_dict.setdefault(f"{prefix}sources", self.sources.new_empty(0, 3))  # 0.1.0 has none
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

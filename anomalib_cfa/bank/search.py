@@ -1,226 +1,202 @@
-"""Nearest-neighbour search over the memory bank: which centres attract a patch, and which repel it."""
+"""Nearest-neighbour search over the memory bank, by one rule in training, evaluation and every exported graph.
 
-from functools import cache
-from typing import Any
+The centres are parted into groups of neighbours. The patches of a small block of the image, which resemble each other,
+are compared together: first with the groups' means, then with the centres of the groups that lead, in the bank's
+leading principal directions; the few centres that lead for a patch are measured exactly. The work hardly grows with the
+bank, and no matrix of patches x centres is ever held.
+"""
 
-import faiss
-import numpy as np
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-SEARCH_KINDS = ("exact", "ivf", "hnsw")
+from anomalib_cfa.bank.distances import block_rows, squared_distances
 
-_SPARE_CANDIDATES = 8  # beyond k, for centres that a search's own, rounded distances cannot tell apart
-_BLOCK_BYTES = 16 * 2**20  # of a matrix held at a time: what a CPU's caches hold
-_BLOCK_BYTES_ON_ACCELERATOR = 256 * 2**20  # where each call costs
-_GROUP = 8  # centres of which first only the nearest is ranked
-_LISTS_VISITED = 4
-_FEWEST_FOR_LISTS = 2048  # centres; fewer are compared with all as fast
+SEARCH_KINDS = ("two_level", "exact")
+
+_DIRECTIONS = 64  # principal directions of the bank in which centres are ranked
+_GROUP = 16  # centres in a group, at most; as many as patches in a block
+_PROBES = 64  # groups whose centres a block of patches is compared with
+_SIDE = 4  # patches along a side of a block
+_SPARE_CANDIDATES = 7  # measured beyond those wanted, since few directions do not rank exactly
+_POWER_ITERATIONS = 4
+_FAR = 1e30  # half the squared norm of a place in a group that holds no centre
 
 
-class NeighborSearch:
-    """Finds the centres of the memory bank nearest to each patch descriptor, as targets of a training step.
+class CenterIndex(nn.Module):
+    """Finds the centres nearest to each patch descriptor.
 
-    - ``"exact"``: among all centres, by matrix products. Rounding decides between two that are as near, see
-      :func:`nearest_centers`.
-    - ``"ivf"``: in FAISS's inverted file, which compares a patch with a share of the centres that falls as the bank
-      grows; small banks are searched exactly.
-    - ``"hnsw"``: along FAISS's graph, whose cost hardly grows.
-
-    On an accelerator, for which FAISS's packages have no build, the search is exact.
-
-    The index is derived from the bank and rebuilt when needed: it is never pickled, copied or read from a file.
+    It is derived from the centres and rebuilt from them: none of its tensors is part of a state dict. A bank with no
+    more centres than a block is compared with is ranked whole.
 
     Args:
-        kind: One of ``SEARCH_KINDS``.
+        centers: The memory bank's centres of shape (N, D), finite.
+        kind: ``"two_level"``, or ``"exact"`` to rank all centres in all directions, at a cost of patches x centres.
 
-    Raises:
-        ValueError: If ``kind`` is none of these.
+    Example:
+        >>> centers = torch.randn(4096, 96, generator=torch.Generator().manual_seed(0))
+        >>> index = CenterIndex(centers)
+        >>> squared, found = index(centers[:4].view(1, 2, 2, 96), k=1)
+        >>> found.flatten().tolist()
+        [0, 1, 2, 3]
     """
 
-    def __init__(self, kind: str = "ivf") -> None:
-        if kind not in SEARCH_KINDS:
-            msg = f"search must be one of {', '.join(map(repr, SEARCH_KINDS))}, but is {kind!r}"
-            raise ValueError(msg)
-        self.kind = kind
-        self._index: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kind": self.kind, "_index": None}
-
-    def reset(self) -> None:
-        """Forget the index: the bank has changed."""
-        self._index = None
+    centers: Tensor
+    origin: Tensor
+    directions: Tensor
+    table: Tensor
+    half_norms: Tensor
+    means: Tensor
+    half_mean_norms: Tensor
+    members: Tensor
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, centers: Tensor, k: int) -> Tensor:
-        """Find each query's k nearest centres.
+    def __init__(self, centers: Tensor, kind: str = "two_level") -> None:
+        super().__init__()
+        count, width = centers.shape
+        centers = centers.detach().float()
+        # Far from the origin the ranking would cancel.
+        origin = centers.mean(dim=0)
+        self.has_two_levels = kind == "two_level" and count > _GROUP * _PROBES
+        directions = torch.eye(width, device=centers.device)
+        if self.has_two_levels and width > _DIRECTIONS:
+            directions = _principal_directions(centers - origin)
+        table = (centers - origin) @ directions
+        half_norms = table.square().sum(dim=1) / 2
+        buffers = {"centers": centers, "origin": origin, "directions": directions}
+        if self.has_two_levels:
+            groups = _part(table, torch.arange(count, device=table.device), -(-count // _GROUP))
+            members = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=count)
+            members = F.pad(members, (0, _GROUP - members.shape[1]), value=count)
+            means = torch.stack([table[group].mean(dim=0) for group in groups])
+            buffers |= {"members": members, "means": means, "half_mean_norms": means.square().sum(dim=1) / 2}
+            # Laid out by groups, which are read as a whole; one more row is for places without a centre.
+            table = F.pad(table, (0, 0, 0, 1))[members].flatten(1)
+            half_norms = F.pad(half_norms, (0, 1), value=_FAR)[members]
+        for name, tensor in (buffers | {"table": table, "half_norms": half_norms}).items():
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
+
+    def forward(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find and measure each query's k nearest centres.
 
         Args:
-            queries: Patch descriptors of shape (Q, D).
-            centers: The memory bank's centres of shape (N, D).
-            k: How many to find, at most N.
+            queries: Patch descriptors of shape (B, h, w, D).
+            k: How many centres, at most N.
 
         Returns:
-            Indices of the centres, nearest first, of shape (Q, k).
+            Squared distances in float32, differentiable in the queries, nearest first, and the centres' indices, both
+            of shape (B, h, w, k).
         """
-        queries, centers = queries.detach().float(), centers.float()
-        is_small = self.kind == "ivf" and len(centers) < _FEWEST_FOR_LISTS
-        if self.kind == "exact" or is_small or queries.device.type != "cpu":
-            return nearest_centers(queries, centers, k)[1]
-        index = self._index
-        if index is None:
-            # Built aside and then put in place whole: several threads may arrive here at once.
-            index = self._index = _build_index(self.kind, np.ascontiguousarray(centers.numpy()))
-        found = torch.from_numpy(index.search(np.ascontiguousarray(queries.numpy()), k)[1])
-        # Either kind returns -1 where it came across too few: such a query is answered in full.
-        short = (found < 0).any(dim=1)
-        if short.any():
-            found[short] = nearest_centers(queries[short], centers, k)[1]
-        return found
+        with torch.autocast(queries.device.type, enabled=False):
+            queries = queries.float()
+            if torch.compiler.is_exporting():
+                candidates = self._candidates(queries, k)
+                squared = self._measure_in_graph(queries, candidates)
+            else:
+                # Images at a time, or patches of them where the bank is ranked whole.
+                columns = _GROUP * _PROBES if self.has_two_levels else len(self.centers)
+                rows = block_rows(queries, columns)
+                split = queries if self.has_two_levels else queries.flatten(0, 2)[:, None, None]
+                rows = max(1, rows // split[0, ..., 0].numel()) if len(split) else 1
+                with torch.no_grad():
+                    found = [self._candidates(block, k) for block in split.detach().split(rows)]
+                candidates = torch.cat(found).view(*queries.shape[:-1], -1)
+                squared = squared_distances(queries.flatten(0, 2), self.centers, candidates.flatten(0, 2))
+                squared = squared.view(candidates.shape)
+            squared, order = squared.topk(k, dim=-1, largest=False)
+            return squared, candidates.gather(-1, order)
+
+    @torch.no_grad()
+    def neighbors(self, k: int) -> Tensor:
+        """The centres nearest to each centre, itself included.
+
+        Args:
+            k: How many, at most N.
+
+        Returns:
+            Their indices, of shape (N, k).
+        """
+        if not self.has_two_levels:
+            whole: Tensor = self(self.centers[:, None, None], k)[1]
+            return whole[:, 0, 0]
+        count = len(self.centers)
+        groups = self.centers[self.members.clamp(max=count - 1)]  # each as a block of patches
+        found = self(groups.unflatten(1, (_SIDE, _SIDE)), k)[1].flatten(0, 2)
+        place = self.members.flatten()
+        neighbors = torch.empty_like(found[:count])
+        neighbors[place[place < count]] = found[place < count]
+        return neighbors
+
+    def _candidates(self, queries: Tensor, k: int) -> Tensor:
+        """Centres that may be the nearest ones, of shape (B, h, w, candidates)."""
+        projected = (queries - self.origin) @ self.directions
+        count = min(k + _SPARE_CANDIDATES, len(self.centers))
+        if not self.has_two_levels:
+            return _smallest(self.half_norms - projected @ self.table.T, count)
+        _, height, width, _ = queries.shape
+        blocks = _in_blocks(projected)
+        ranks = self.half_mean_norms - blocks.mean(dim=3) @ self.means.T
+        probes = _smallest(ranks, _PROBES)
+        surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(-3, -2)
+        half_norms, members = (F.embedding(probes, of).flatten(-2) for of in (self.half_norms, self.members))
+        best = _smallest(half_norms[..., None, :] - blocks @ surrounding.mT, count)
+        candidates = members[..., None, :].expand(*best.shape[:-1], -1).gather(-1, best)
+        whole: Tensor = rearrange(candidates, "b i j (y x) c -> b (i y) (j x) c", y=_SIDE)
+        return whole[:, :height, :width]
+
+    def _measure_in_graph(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        # Differences as sums with a negated table keep their float32 mark in OpenVINO.
+        negated = -self.centers
+        distances = [
+            (queries + F.embedding(candidate, negated)).square().sum(dim=-1, keepdim=True)
+            for candidate in candidates.unbind(dim=-1)
+        ]
+        return torch.cat(distances, dim=-1)
 
 
-def _build_index(kind: str, vectors: np.ndarray) -> Any:  # noqa: ANN401  # faiss has no types
-    count, width = vectors.shape
-    if kind == "hnsw":
-        index: Any = faiss.IndexHNSWFlat(width, 16)
-        index.hnsw.efSearch = 32
-        # Insertions race with each other when several threads build the graph.
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            index.add(vectors)
-        finally:
-            faiss.omp_set_num_threads(threads)
-        return index
-    # To find the lists costs as much as to search them where there are about 2 sqrt(N).
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, round(2 * count**0.5))
-    index.cp.min_points_per_centroid = 1  # fewer than FAISS likes are fine here, and its warning is not
-    index.nprobe = _LISTS_VISITED
-    index.train(vectors)
-    index.add(vectors)
-    return index
+def _in_blocks(patches: Tensor) -> Tensor:
+    """Patches of shape (B, h, w, d) as square blocks of them, of shape (B, i, j, 16, d); the last ones are repeated."""
+    for axis in (1, 2):
+        size = patches.shape[axis]
+        wanted = (size + _SIDE - 1) // _SIDE * _SIDE
+        patches = patches.index_select(axis, torch.arange(wanted, device=patches.device).clamp(max=size - 1))
+    blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> b i j (y x) d", y=_SIDE, x=_SIDE)
+    return blocks
 
 
-def nearest_centers(queries: Tensor, centers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find each query's k nearest centres among all, with torch alone, on any device.
+def _smallest(ranks: Tensor, k: int) -> Tensor:
+    """Indices of each row's k smallest values, in any order."""
+    return ranks.topk(k, dim=-1, largest=False, sorted=False).indices
 
-    Candidates are ranked by ``|c|^2 / 2 - q.c``, in bfloat16 where the processor computes in it, and more of them than
-    are wanted are then ranked by their distances as sums of squared differences. What is found is the nearest but for
-    the ranking's rounding: a centre is missed only where more others than there are spare candidates are as near.
-    Of the matrix of all scores a block of rows is held at a time.
+
+def _principal_directions(centered: Tensor) -> Tensor:
+    """The leading principal directions of centred vectors, of shape (D, 64)."""
+    covariance = centered.double().T @ centered.double()
+    # On the CPU, as not every accelerator has it.
+    axes: Tensor = torch.linalg.eigh(covariance.cpu()).eigenvectors
+    return axes[:, -_DIRECTIONS:].flip(1).to(centered)
+
+
+def _part(vectors: Tensor, chosen: Tensor, groups: int) -> list[Tensor]:
+    """Part vectors into groups of neighbours by cutting them across their principal direction, again and again.
 
     Args:
-        queries: Patch descriptors of shape (Q, D).
-        centers: The memory bank's centres of shape (N, D).
-        k: How many to find, at most N.
+        vectors: Of shape (N, d).
+        chosen: Indices of those to part.
+        groups: How many groups, of about the same size.
 
     Returns:
-        Squared distances to the centres, nearest first, and the centres' indices, both of shape (Q, k).
+        The indices of each group.
     """
-    count = min(k + _SPARE_CANDIDATES, len(centers))
-    # Far from the origin the scores would cancel.
-    origin = centers.mean(dim=0)
-    vectors = centers - origin
-    half_norms = vectors.square().sum(dim=1) / 2
-    padding = -len(centers) % _GROUP
-    dtype = _ranking_dtype(queries.device.type)
-    negated = F.pad(-vectors, (0, 0, 0, padding)).to(dtype)
-    half_norms = F.pad(half_norms, (0, padding), value=torch.inf).to(dtype)
-    found = []
-    for block in queries.split(_block_rows(queries, len(negated))):
-        scores = F.linear((block - origin).to(dtype), negated, half_norms)
-        # Where a query is nan so are all its scores, and padding may come first.
-        candidates = _smallest(scores, count).clamp(max=len(centers) - 1)
-        found.append(_rank(block, centers, candidates, k))
-    squared, indices = zip(*found, strict=True)
-    return torch.cat(squared), torch.cat(indices)
-
-
-@cache
-def _ranking_dtype(device_type: str) -> torch.dtype:
-    """The least precise type that is good enough to rank candidates, and that the processor does not emulate."""
-    if device_type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device_type == "cpu":
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
-        is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        is_native = False
-    return torch.bfloat16 if is_native else torch.float32
-
-
-def _block_rows(like: Tensor, columns: int) -> int:
-    """Rows of a block of a float32 matrix of so many columns."""
-    held = _BLOCK_BYTES if like.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
-    return max(1, held // (4 * columns))
-
-
-def _smallest(scores: Tensor, k: int) -> Tensor:
-    """Indices of each row's k smallest values.
-
-    They lie in the k groups of columns whose minima are smallest, and to find minima is much cheaper than to rank.
-
-    Args:
-        scores: Values of shape (Q, N), N a multiple of ``_GROUP``.
-        k: How many to find.
-    """
-    groups = scores.shape[1] // _GROUP
-    if groups <= k:
-        return scores.topk(k, dim=1, largest=False).indices
-    members = scores.unflatten(1, (_GROUP, groups))
-    nearest = members.amin(dim=1).topk(k, dim=1, largest=False, sorted=False).indices
-    inside = members.gather(2, nearest[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    places = inside.topk(k, dim=1, largest=False).indices
-    smallest: Tensor = places // k * groups + nearest.gather(1, places % k)
-    return smallest
-
-
-def _rank(queries: Tensor, centers: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of some candidates by their exact distances; the search's own may have cancelled."""
-    squared, order = squared_distances(queries, centers, candidates).topk(k, dim=1, largest=False)
-    return squared, candidates.gather(1, order)
-
-
-def squared_distances(queries: Tensor, centers: Tensor, indices: Tensor) -> Tensor:
-    """Squared Euclidean distances to chosen centres, each as a sum of squared differences, which does not cancel.
-
-    Differentiable in the queries. Neither pass stores more than the result and one block of differences.
-
-    Args:
-        queries: Patch descriptors of shape (Q, D).
-        centers: The memory bank's centres of shape (N, D).
-        indices: For each query the centres to measure, of shape (Q, K).
-
-    Returns:
-        Squared distances in float32, of shape (Q, K).
-    """
-    return _SquaredDistances.apply(queries.float(), centers.float(), indices)  # type: ignore[no-any-return]
-
-
-class _SquaredDistances(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, centers: Tensor, indices: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(queries, centers, indices)
-        if queries.device.type == "cpu":
-            queries, centers, indices = (tensor.contiguous() for tensor in (queries, centers, indices))
-            distances = torch.empty(indices.shape)
-            pointers = (faiss.swig_ptr(tensor.detach().numpy()) for tensor in (distances, queries, centers, indices))
-            measure: Any = faiss.fvec_L2sqr_by_idx  # type: ignore[attr-defined]
-            measure(*pointers, queries.shape[1], *indices.shape)
-            return distances
-        rows = _block_rows(queries, queries.shape[1] * indices.shape[1])
-        return torch.cat(
-            [
-                (block[:, None] - centers[chosen]).square().sum(dim=-1)
-                for block, chosen in zip(queries.split(rows), indices.split(rows), strict=True)
-            ]
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        # d/dq of g_k |q - c_k|^2, summed over k, is 2 (q sum_k g_k - sum_k g_k c_k).
-        queries, centers, indices = ctx.saved_tensors
-        pull = torch.nn.functional.embedding_bag(indices, centers, per_sample_weights=grad, mode="sum")
-        return 2 * (queries * grad.sum(dim=1, keepdim=True) - pull), None, None
+    if groups == 1:
+        return [chosen]
+    members = vectors[chosen]
+    members = members - members.mean(dim=0)
+    direction = members[members.square().sum(dim=1).argmax()]
+    for _ in range(_POWER_ITERATIONS):
+        direction = F.normalize(members.T @ (members @ direction), dim=0)
+    order = chosen[(members @ direction).argsort(stable=True)]
+    first = groups // 2
+    cut = len(order) * first // groups
+    return [*_part(vectors, order[:cut], first), *_part(vectors, order[cut:], groups - first)]

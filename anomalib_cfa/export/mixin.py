@@ -15,7 +15,6 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
 
-from anomalib_cfa.export.network import ExportedModel
 from anomalib_cfa.export.openvino import (
     keep_float32,
     module_names,
@@ -85,7 +84,7 @@ class CfaExport(ExportMixin):
         with (
             self._ready(),
             _staged(export_root, ExportType.ONNX) as (staging, folder),
-            self._exported_form(),
+            ExportableInterpolation(),
             _quiet_exporter(),
         ):
             assert isinstance(self, nn.Module)
@@ -164,6 +163,7 @@ class CfaExport(ExportMixin):
             msg = "The model must be fitted before it is exported, but has no memory bank: fit it, or load a checkpoint"
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
+        assert memory_bank.index  # built now: a graph cannot build it
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}
         self.eval()
@@ -173,17 +173,6 @@ class CfaExport(ExportMixin):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-    @contextmanager
-    def _exported_form(self) -> Iterator[None]:
-        """Put the network's exported form in its place for a while."""
-        model: Any = self.model
-        self.model = ExportedModel(model).eval()
-        try:
-            with ExportableInterpolation():
-                yield
-        finally:
-            self.model = model
 
 
 @contextmanager

@@ -18,6 +18,18 @@ _SIZES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def drop_old_tensors(checkpoint: dict[str, Any]) -> None:
+    """Drop from a checkpoint what 0.1.0 saved and later versions compute: the anomaly map's Gaussian.
+
+    Args:
+        checkpoint: The loaded checkpoint, changed in place.
+    """
+    state = checkpoint.get("state_dict")
+    if isinstance(state, dict):
+        for name in [name for name in state if str(name).startswith("model.anomaly_map_generator.blur.")]:
+            del state[name]
+
+
 def check_checkpoint(checkpoint: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> None:
     """Check that a checkpoint was written by this package's Cfa, with the structure that the model was built with.
 

@@ -11,7 +11,6 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
@@ -91,17 +90,15 @@ class TrainingFeatures:
             return self.store.get(batch.index, self.module.device)
         return self.store.complete(batch, self.model.pyramid(batch.image))
 
-    @torch.no_grad()
-    def pyramids(self, task: str, most: int | None = None) -> Iterator[list[Tensor]]:
-        """Features of this process's share of the images, treated as training treats them.
+    def __len__(self) -> int:
+        """Batches of this process's share of the images."""
+        return len(shard_loader(self.module.trainer))
 
-        Args:
-            task: What the progress bar says.
-            most: At most this many images over all processes, spread evenly. None: all.
-        """
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """Features of this process's share of the images, each image once, treated as training treats them."""
         trainer = self.module.trainer
-        loader = shard_loader(trainer, most)
-        for batch in tqdm(loader, task, disable=not trainer.is_global_zero, leave=False):
+        for batch in shard_loader(trainer):
             batch = trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)

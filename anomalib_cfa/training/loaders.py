@@ -68,14 +68,13 @@ def training_loader(
     )
 
 
-def shard_loader(trainer: Trainer, most: int | None = None) -> DataLoader[Any]:
+def shard_loader(trainer: Trainer) -> DataLoader[Any]:
     """A loader of this process's share of the training images, in the data set's order, each once over all processes.
 
     Limits that the trainer puts on training batches hold here too.
 
     Args:
         trainer: Holds the training images' loader, and knows the processes.
-        most: At most this many images over all processes, spread evenly over the data set. None: all.
 
     Raises:
         TypeError: If the trainer does not have exactly one loader for training.
@@ -91,9 +90,8 @@ def shard_loader(trainer: Trainer, most: int | None = None) -> DataLoader[Any]:
     if images < trainer.world_size:
         msg = f"The training data must hold an image for each of {trainer.world_size} processes, but holds {images}"
         raise ValueError(msg)
-    step = 1 if most is None else -(-images // max(most, trainer.world_size))
     return DataLoader(
-        Subset(dataset, range(images)[::step][trainer.global_rank :: trainer.world_size]),
+        Subset(dataset, range(trainer.global_rank, images, trainer.world_size)),
         batch_size=batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

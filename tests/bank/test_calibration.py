@@ -26,6 +26,18 @@ def test_scores_count_deviations_from_what_is_usual_at_the_center():
     torch.testing.assert_close(scores, torch.tensor([2.0, -5.6, 2.0]), rtol=0.05, atol=0.05)
 
 
+def test_the_patches_of_neighbors_count_too():
+    distances, indices = torch.tensor([1.0, 3.0, 5.0, 9.0]).repeat(500), torch.tensor([0, 0, 1, 1]).repeat(500)
+    calibration = CenterCalibration()
+    calibration.reset(2)
+    calibration.update(distances, indices)
+    calibration.finish(neighbors=torch.tensor([[0, 1], [1, 1]]))
+    assert calibration.mean[0] == pytest.approx(4.5, abs=0.01)
+    assert calibration.mean[1] == pytest.approx(7, abs=0.02)
+    assert calibration.deviation[0] == pytest.approx(distances.std(correction=0).item(), rel=0.01)
+    assert calibration.deviation[1] == pytest.approx(2, rel=0.02)
+
+
 def test_a_center_of_few_patches_leans_on_all():
     generator = torch.Generator().manual_seed(0)
     distances = torch.cat([1 + torch.rand(1000, generator=generator), torch.tensor([50.0])])
@@ -49,7 +61,7 @@ def test_processes_that_share_sums_agree_with_one_that_saw_all():
         shares.append(share)
     total = sum(share._sums for share in shares)
     for share in shares:
-        share.finish(lambda _: total)
+        share.finish(total=lambda _: total)
         torch.testing.assert_close(share.mean, whole.mean)
         torch.testing.assert_close(share.deviation, whole.deviation)
 

@@ -1,6 +1,5 @@
 import copy
 import pickle
-from unittest import mock
 
 import faiss
 import plain
@@ -9,15 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank.memory_bank import MemoryBank
-from anomalib_cfa.bank.search import (
-    _GROUP,
-    SEARCH_KINDS,
-    NeighborSearch,
-    _smallest,
-    nearest_centers,
-    squared_distances,
-)
+from anomalib_cfa.bank import SEARCH_KINDS, MemoryBank
+from anomalib_cfa.bank.search import CenterIndex, _part
 
 
 def low_rank(count: int, width: int, rank: int, seed: int) -> torch.Tensor:
@@ -29,170 +21,157 @@ def low_rank(count: int, width: int, rank: int, seed: int) -> torch.Tensor:
     return torch.randn(count, rank, generator=generator) * scale @ basis + noise
 
 
+def image(height: int, width: int, channels: int, seed: int) -> torch.Tensor:
+    """Descriptors of an image whose neighbouring patches resemble each other, of shape (1, h, w, D)."""
+    coarse = low_rank(height * width // 16 + 1, channels, 24, seed)[: height * width // 16]
+    maps = coarse.T.reshape(1, channels, height // 4, width // 4)
+    smooth = torch.nn.functional.interpolate(maps, (height, width), mode="bilinear")
+    return smooth.permute(0, 2, 3, 1).contiguous()
+
+
 @pytest.fixture(scope="module")
-def bank() -> MemoryBank:
-    bank = MemoryBank()
-    bank.assign(low_rank(2500, 96, 24, seed=0))  # enough for an inverted file
-    return bank
+def centers() -> torch.Tensor:
+    return low_rank(2500, 96, 24, seed=0)  # enough for two levels
 
 
-@pytest.mark.parametrize(("kind", "recall"), [("exact", 1.0), ("ivf", 0.75), ("hnsw", 0.95)])
-def test_finds_the_nearest_centers_in_order(bank, kind, recall):
-    queries = low_rank(300, 96, 24, seed=1)
-    expected = torch.cdist(queries.double(), bank.centers.double()).topk(6, largest=False)
-    found = NeighborSearch(kind)(queries, bank.centers, 6)
-    hits = (found[:, :, None] == expected.indices[:, None]).any(dim=2).float().mean()
+@pytest.mark.parametrize(("kind", "recall"), [("exact", 1.0), ("two_level", 0.9)])
+def test_the_nearest_centers_are_found_in_order(centers, kind, recall):
+    queries = image(16, 20, 96, seed=1)
+    expected = torch.cdist(queries.double(), centers.double()).topk(6, largest=False).indices
+    squared, found = CenterIndex(centers, kind)(queries, 6)
+    hits = (found[..., :, None] == expected[..., None, :]).any(dim=-1).float().mean()
     assert hits >= recall
-    distances = squared_distances(queries, bank.centers, found)
-    assert (distances.diff(dim=1) >= 0).all()
-    assert all(len(set(row)) == 6 for row in found.tolist())
+    assert (squared.diff(dim=-1) >= 0).all()
+    assert all(len(set(row)) == 6 for row in found.flatten(0, 2).tolist())
+
+
+def test_the_two_level_search_is_hardly_farther_off_than_the_exact_one(centers):
+    queries = torch.cat([image(16, 20, 96, seed) for seed in range(4)])
+    exact, found = (CenterIndex(centers, kind)(queries, 1)[0].sqrt() for kind in ("exact", "two_level"))
+    assert (found >= exact - 1e-5).all()
+    assert (found / exact - 1).mean() < 0.01
 
 
 @settings(max_examples=40)
 @given(
-    queries=st.integers(1, 40),
-    centers=st.integers(1, 60),
-    width=st.integers(1, 20),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    centers=st.one_of(st.integers(1, 60), st.integers(1025, 1100)),
+    width=st.integers(1, 70),
     kind=st.sampled_from(SEARCH_KINDS),
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
-def test_any_shape_gives_k_different_centers(queries, centers, width, kind, seed, data):
-    k = data.draw(st.integers(1, centers))
+def test_any_shape_gives_k_different_centers_and_their_distances(shape, centers, width, kind, seed, data):
+    k = data.draw(st.integers(1, min(centers, 40)))
     generator = torch.Generator().manual_seed(seed)
-    bank = MemoryBank(kind)
-    bank.assign(torch.randn(centers, width, generator=generator))
-    points = torch.randn(queries, width, generator=generator)
-    found = bank.search(points, bank.centers, k)
-    assert found.shape == (queries, k)
-    assert all(len(set(row)) == k for row in found.tolist())
-    assert found.min() >= 0
-    assert found.max() < centers
+    points = torch.randn(centers, width, generator=generator)
+    queries = torch.randn(*shape, width, generator=generator)
+    squared, found = CenterIndex(points, kind)(queries, k)
+    assert found.shape == squared.shape == (*shape, k)
+    assert all(len(set(row)) == k for row in found.flatten(0, 2).tolist())
+    measured = (queries[..., None, :] - points[found]).double().square().sum(dim=-1)
+    torch.testing.assert_close(squared.double(), measured, rtol=1e-4, atol=1e-6)
     if kind == "exact":
-        expected = plain.squared_distances(points.double(), bank.centers.double(), k)
-        torch.testing.assert_close(
-            squared_distances(points, bank.centers, found).double(), expected, rtol=1e-5, atol=1e-6
-        )
-
-
-def test_torch_search_finds_them_in_blocks_too(bank, monkeypatch):
-    queries = low_rank(300, 96, 24, seed=1)
-    whole = nearest_centers(queries, bank.centers, 3)[1]
-    monkeypatch.setattr("anomalib_cfa.bank.search._BLOCK_BYTES", 4 * 2504 * 7)
-    assert torch.equal(nearest_centers(queries, bank.centers, 3)[1], whole)
-    expected = torch.cdist(queries.double(), bank.centers.double()).topk(3, largest=False).indices
-    assert (whole == expected).float().mean() > 0.99
-
-
-@settings(max_examples=60)
-@given(rows=st.integers(1, 5), groups=st.integers(1, 12), k=st.integers(1, 20), seed=st.integers(0, 2**16))
-def test_smallest_values_are_those_that_topk_finds(rows, groups, k, seed):
-    # few different values, so that many are equal
-    scores = torch.randint(30, (rows, groups * _GROUP), generator=torch.Generator().manual_seed(seed)).float()
-    k = min(k, scores.shape[1])
-    indices = _smallest(scores, k)
-    assert all(len(set(row)) == k for row in indices.tolist())
-    assert torch.equal(scores.gather(1, indices), scores.topk(k, largest=False).values)
-
-
-@settings(max_examples=60)
-@given(
-    count=st.integers(1, 80),
-    width=st.integers(1, 24),
-    spread=st.floats(1e-3, 1),
-    offset=st.sampled_from([0.0, 3.0]),
-    k=st.integers(1, 6),
-    seed=st.integers(0, 2**16),
-)
-def test_ranking_in_bfloat16_misses_no_more_than_its_rounding(count, width, spread, offset, k, seed):
-    k = min(k, count)
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(1, width, generator=generator) + spread * torch.randn(count, width, generator=generator)
-    queries = offset + torch.randn(20, width, generator=generator)
-    with mock.patch("anomalib_cfa.bank.search._ranking_dtype", mock.Mock(return_value=torch.bfloat16)):
-        found = nearest_centers(queries, centers, k)[0]
-    # A score |v|^2 / 2 - q.v has both factors, the norm and itself rounded; a squared distance is twice a score, and
-    # both what was found and what was missed may be off.
-    vectors = (centers - centers.mean(dim=0)).norm(dim=1).max()
-    lengths = (queries - centers.mean(dim=0)).norm(dim=1, keepdim=True)
-    rounding = torch.finfo(torch.bfloat16).eps / 2
-    bound = 2 * 2 * 4 * rounding * (vectors * lengths + vectors.square() / 2)
-    nearest = plain.squared_distances(queries.double(), centers.double(), k)
-    assert (found <= nearest * (1 + 1e-5) + 1e-6 + bound).all()
-
-
-def test_nan_is_at_no_distance(bank):
-    queries = low_rank(3, 96, 24, seed=1)
-    queries[1, 5] = torch.nan
-    squared, indices = nearest_centers(queries, bank.centers[:101], 2)
-    assert squared.isnan().all(dim=1).tolist() == [False, True, False]
-    assert indices.max() < 101
-
-
-def test_distances_do_not_cancel_far_from_the_origin():
-    generator = torch.Generator().manual_seed(0)
-    centers = 1000 + torch.randn(50, 32, generator=generator)
-    queries = centers[:20] + 1e-3 * torch.randn(20, 32, generator=generator)
-    indices = torch.arange(20)[:, None]
-    exact = (queries.double() - centers[:20].double()).square().sum(dim=1, keepdim=True)
-    torch.testing.assert_close(squared_distances(queries, centers, indices).double(), exact, rtol=1e-5, atol=0)
-
-
-def test_search_does_not_cancel_far_from_the_origin():
-    generator = torch.Generator().manual_seed(0)
-    bank = MemoryBank("exact")
-    bank.assign(1000 + torch.randn(200, 32, generator=generator))
-    queries = bank.centers[:50] + 0.1 * torch.randn(50, 32, generator=generator)
-    expected = torch.cdist(queries.double(), bank.centers.double()).topk(3, largest=False).indices
-    assert torch.equal(bank.search(queries, bank.centers, 3), expected)
-    assert torch.equal(nearest_centers(queries, bank.centers, 3)[1], expected)
-
-
-def test_gradient_flows_through_the_chosen_distances_only():
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(30, 8, generator=generator, dtype=torch.float32)
-    queries = torch.randn(12, 8, generator=generator, requires_grad=True)
-    indices = torch.randint(30, (12, 4), generator=generator)
-    weights = torch.randn(12, 4, generator=generator)
-    (ours,) = torch.autograd.grad((squared_distances(queries, centers, indices) * weights).sum(), queries)
-    (expected,) = torch.autograd.grad(((queries[:, None] - centers[indices]).square().sum(-1) * weights).sum(), queries)
-    torch.testing.assert_close(ours, expected)
+        expected = plain.squared_distances(queries.double(), points.double(), k)
+        torch.testing.assert_close(squared.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SEARCH_KINDS)
-def test_any_number_of_faiss_threads_gives_the_same(bank, kind):
-    queries = low_rank(400, 96, 24, seed=2)
+def test_blocks_of_any_size_give_the_same(centers, kind, monkeypatch):
+    queries = torch.cat([image(8, 12, 96, seed) for seed in range(3)])
+    whole = CenterIndex(centers, kind)(queries, 3)
+    monkeypatch.setattr("anomalib_cfa.bank.distances._BLOCK_BYTES", 4 * 2500 * 7)
+    in_blocks = CenterIndex(centers, kind)(queries, 3)
+    torch.testing.assert_close(in_blocks[0], whole[0])
+
+
+@settings(max_examples=30)
+@given(count=st.integers(1, 300), width=st.integers(1, 5), seed=st.integers(0, 99), repeated=st.booleans())
+def test_groups_part_the_centers_evenly(count, width, seed, repeated):
+    vectors = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    if repeated:
+        vectors[:] = vectors[0].clone()
+    groups = _part(vectors, torch.arange(count), -(-count // 16))
+    assert sorted(torch.cat(groups).tolist()) == list(range(count))
+    assert max(map(len, groups)) <= 16
+    assert min(map(len, groups)) >= count // len(groups) - 1
+
+
+@pytest.mark.parametrize("count", [40, 1500])
+def test_neighbors_are_the_centers_nearest_to_each(centers, count):
+    found = CenterIndex(centers[:count]).neighbors(8)
+    expected = torch.cdist(centers[:count], centers[:count]).topk(8, largest=False).indices
+    assert (found[:, 0] == torch.arange(count)).all()
+    assert (found[..., None] == expected[:, None]).any(dim=-1).float().mean() > 0.9
+
+
+def test_gradients_are_those_of_the_found_distances(centers):
+    queries = image(8, 8, 96, seed=3).requires_grad_()
+    squared, found = CenterIndex(centers)(queries, 4)
+    weights = torch.rand(squared.shape)
+    (ours,) = torch.autograd.grad((squared * weights).sum(), queries)
+    plainly = (queries[..., None, :] - centers[found]).square().sum(-1)
+    (expected,) = torch.autograd.grad((plainly * weights).sum(), queries)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_changes_nothing(centers):
+    queries, index = image(8, 8, 96, seed=4), CenterIndex(centers)
+    expected = index(queries, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = index(queries, 2)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", SEARCH_KINDS)
+def test_any_number_of_faiss_threads_gives_the_same(centers, kind):
+    queries = image(8, 12, 96, seed=2)
     threads = faiss.omp_get_max_threads()
     try:
         results = []
         for count in (1, 2, 4):
             faiss.omp_set_num_threads(count)
-            results.append(NeighborSearch(kind)(queries, bank.centers, 6))
+            results.append(CenterIndex(centers, kind)(queries, 6)[1])
     finally:
         faiss.omp_set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_index_is_neither_pickled_nor_copied(bank):
-    search = NeighborSearch("hnsw")
-    search(low_rank(4, 96, 24, seed=1), bank.centers, 3)
-    assert len(pickle.dumps(search)) < 200
-    assert copy.deepcopy(search)._index is None
+def test_index_is_neither_pickled_nor_copied_nor_part_of_the_state(centers):
+    bank = MemoryBank()
+    bank.assign(centers)
+    state = set(bank.state_dict())
+    assert bank.index is bank.index
+    assert set(bank.state_dict()) == state
+    for copied in (pickle.loads(pickle.dumps(bank)), copy.deepcopy(bank)):
+        assert copied._index is None
+        queries = image(4, 4, 96, seed=5)
+        assert torch.equal(copied.nearest(queries, 2)[1], bank.nearest(queries, 2)[1])
 
 
-def test_a_new_bank_is_searched_anew():
-    bank = MemoryBank("exact")
-    queries = torch.rand(5, 4, requires_grad=True)
+def loaded(bank: MemoryBank) -> None:
+    bank.load_state_dict(bank.state_dict() | {"centers": bank.centers + 1})
+
+
+def changed_in_place(bank: MemoryBank) -> None:
+    bank.centers += 1
+
+
+def assigned(bank: MemoryBank) -> None:
+    bank.assign(bank.centers + 1)
+
+
+@pytest.mark.parametrize("change", [loaded, changed_in_place, assigned, MemoryBank.double])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_change_of_the_bank_is_noticed(change, mode):
+    bank, queries = MemoryBank(), torch.rand(1, 2, 2, 4)
     bank.assign(torch.rand(10, 4))
-    bank.nearest(queries, 2)
-    bank.assign(queries.detach().clone())
-    assert (bank.nearest(queries, 1)[0] == 0).all()
-    other = MemoryBank("exact")
-    other.load_state_dict(MemoryBank("exact").state_dict() | {"centers": torch.rand(3, 4)})
-    assert other.nearest(queries, 3)[0].shape == (5, 3)
-
-
-def test_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="search must be one of 'exact', 'ivf', 'hnsw', but is 'flat'"):
-        NeighborSearch("flat")
+    with mode():
+        bank.nearest(queries, 2)
+    change(bank)
+    with mode():
+        found = bank.nearest(queries, 2)[0]
+    expected = torch.cdist(queries, bank.centers.float()).square().topk(2, largest=False).values
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

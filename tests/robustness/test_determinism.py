@@ -30,13 +30,13 @@ def set_threads():
 @pytest.mark.parametrize("kind", SEARCH_KINDS)
 def test_any_number_of_faiss_threads_finds_the_same_neighbours(set_threads, kind):
     generator = torch.Generator().manual_seed(0)
-    bank = MemoryBank(kind)
-    bank.assign(torch.randn(500, 40, generator=generator))
-    queries = torch.randn(1000, 40, generator=generator).requires_grad_()
+    centers = torch.randn(1500, 40, generator=generator)
+    queries = torch.randn(1, 32, 32, 40, generator=generator)
     found = []
     for number in (1, 2, 5):
         set_threads(number)
-        bank.search.reset()
+        bank = MemoryBank(kind)
+        bank.assign(centers)
         found.append(bank.nearest(queries, 6))
     for squared, indices in found[1:]:
         assert torch.equal(squared, found[0][0])
@@ -48,7 +48,7 @@ def test_any_number_of_faiss_threads_gives_the_same_k_means(set_threads):
     centers = []
     for number in (1, 2, 5):
         set_threads(number)
-        centers.append(k_means(points, 100, seed=0))
+        centers.append(k_means(points, 100, seed=0)[0])
     assert torch.equal(centers[0], centers[1])
     assert torch.equal(centers[0], centers[2])
 
@@ -66,7 +66,7 @@ def outcome(root, folder, **arguments):
     return {**network.state_dict(), "pred_score": predicted.pred_score, "anomaly_map": predicted.anomaly_map}
 
 
-KINDS = [{}, {"bank": "mean", "search": "ivf"}, {"bank": "ema", "search": "hnsw"}]
+KINDS = [{}, {"bank": "mean", "search": "exact"}, {"bank": "ema"}]
 
 
 @pytest.mark.parametrize("arguments", KINDS, ids=str)
@@ -85,6 +85,7 @@ def test_another_number_of_threads_rounds_otherwise_and_no_more(rendered_mvtec, 
     # In directions in which no training image varies, a tiny backbone's many, the weights are what rounding makes of
     # them: only images like those of the training are scored alike.
     del expected["descriptor.weight"], expected["descriptor.bias"]
+    del expected["memory_bank.sources"]  # of two patches that are as near either may be named
     largest = {}
     for name, value in expected.items():
         difference = (found[name].double() - value.double()).abs().max()

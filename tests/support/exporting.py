@@ -14,14 +14,7 @@ def fitted(model: Cfa) -> Cfa:
     height, width = model.input_size
     images = torch.rand(4, 3, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pyramid = network.pyramid(images)
-        builder = network.bank_builder()
-        builder.update(network.describe(pyramid).flatten(1, 2))
-        network.assign_bank(builder.centers())
-        network.calibration.restart()
-        squared, indices = network.memory_bank.nearest(network.describe(pyramid), 1)
-        network.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
-        network.calibration.finish()
+        network.fit([network.pyramid(images)])
         raw = network(images)
     post_processor = model.post_processor
     # The images' largest scores, and those of other images, are beyond: normalized ones are clamped there.

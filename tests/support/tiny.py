@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from anomalib_cfa import Cfa
-from anomalib_cfa.hyperparameters import check_neighbors
 
 
 def tiny_cfa(**arguments) -> Cfa:
@@ -18,16 +17,7 @@ def fit_to_noise(model: Cfa, images: int = 4) -> Cfa:
     """Give a model what a fit gives it, from random images: a memory bank, its calibration, range and thresholds."""
     network = model.model.eval()
     size = model.input_size or (64, 64)
-    pyramid = network.pyramid(noise(images, *size))
-    patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
-    check_neighbors(int(patches / network.gamma_c), network.num_nearest_neighbors, network.num_hard_negative_features)
-    builder = network.bank_builder()
-    builder.update(network.describe(pyramid).flatten(1, 2))
-    network.assign_bank(builder.centers())
-    squared, indices = network.memory_bank.nearest(network.describe(pyramid), 1)
-    network.calibration.restart()
-    network.calibration.update(squared.sqrt(), indices)
-    network.calibration.finish()
+    network.fit([network.pyramid(noise(images, *size))])
     values = network(noise(images, *size, seed=1))
     post = model.post_processor
     for name, scores in (("image", values.pred_score), ("pixel", values.anomaly_map)):

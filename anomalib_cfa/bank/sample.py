@@ -1,0 +1,80 @@
+"""A random sample of all images' patches that stays small however many images there are."""
+
+import torch
+from torch import Tensor
+
+from anomalib_cfa.training.processes import Processes
+
+_MOST_BYTES = 512 * 2**20
+
+
+class PatchSample:
+    """Holds patch descriptors of all images alike, and where each came from.
+
+    Whenever the sample is full, a random half of it is dropped, and half as many patches of each further image are
+    taken in, so that all images count alike. It takes at most 512 MiB over all processes.
+
+    Args:
+        capacity: At most so many patches are held over all processes.
+        seed: Governs the sample.
+        processes: Those that share the images.
+    """
+
+    def __init__(self, capacity: int, seed: int, processes: Processes) -> None:
+        self.capacity = capacity
+        self.processes = processes
+        self.share = 1.0
+        self._images = 0
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._generator = torch.Generator().manual_seed(seed + processes.rank)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the patches are held."""
+        return self._parts[0][0].device
+
+    def update(self, descriptors: Tensor) -> None:
+        """Take in some images.
+
+        Args:
+            descriptors: Their patch descriptors of shape (B, h, w, D).
+        """
+        _, height, width, channels = descriptors.shape
+        most = min(self.capacity, _MOST_BYTES // (4 * channels))
+        most = max(most // self.processes.count, 1)
+        for image in descriptors.detach().float():
+            chosen = self._choose(height * width, max(1, int(self.share * height * width)))
+            number = self.processes.rank + self._images * self.processes.count
+            places = torch.stack([torch.full_like(chosen, number), chosen // width, chosen % width], dim=1)
+            self._parts.append((image.flatten(0, 1)[chosen.to(image.device)], places.int().to(image.device)))
+            self._images += 1
+            if sum(len(points) for points, _ in self._parts) > most:
+                points, sources = self._joined()
+                while len(points) > most:
+                    kept = self._choose(len(points), len(points) // 2).to(points.device)
+                    points, sources = points[kept], sources[kept]
+                    self.share /= 2
+                self._parts = [(points, sources)]
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """The samples of all processes, of shape (P, D), and their images, rows and columns, of shape (P, 3)."""
+        points, sources = self._joined()
+        if self.processes.count == 1:
+            return points, sources
+        counts = torch.zeros(self.processes.count, dtype=torch.int64, device=points.device)
+        counts[self.processes.rank] = len(points)
+        sizes = self.processes.sum(counts).tolist()
+        start = sum(sizes[: self.processes.rank])
+        gathered = []
+        for own in (points, sources):
+            everyone = own.new_zeros(sum(sizes), own.shape[1])
+            everyone[start : start + len(own)] = own
+            gathered.append(self.processes.sum(everyone))
+        return gathered[0], gathered[1]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        points, sources = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        return points, sources
+
+    def _choose(self, of: int, count: int) -> Tensor:
+        return torch.randperm(of, generator=self._generator)[:count]
