@@ -42,7 +42,7 @@ def view(spec: JobSpec) -> str:
 
 def is_mvtec_ad(spec: JobSpec, test_images: int) -> bool:
     """Whether a job's images are MVTec AD's own, judged by their number, and not another set in its layout."""
-    return spec.data_name == "MVTecAD" and published_table()["test_images"].get(spec.category) == test_images
+    return spec.data_name == "MVTecAD" and bool(published_table()["test_images"].get(spec.category) == test_images)
 
 
 def published_figures(spec: JobSpec) -> dict[str, float]:

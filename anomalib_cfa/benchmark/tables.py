@@ -44,11 +44,9 @@ def label_settings(specs: Sequence[JobSpec]) -> list[str]:
     differing = [name for name in names if len({repr(setting.get(name)) for setting in flat}) > 1]
     labels = []
     for spec, setting in zip(specs, flat, strict=True):
-        # Of a path, the last part will do.
-        values = {
-            name.rpartition(".")[2]: str(setting[name]).rpartition("/")[2] for name in differing if name in setting
-        }
-        labels.append(", ".join([*_model_and_data(spec), *(f"{name} {value}" for name, value in values.items())]))
+        values = {name: str(setting[name]).rpartition("/")[2] for name in differing if name in setting}  # no folders
+        others = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
+        labels.append(", ".join([*_model_and_data(spec), *others]))
     return labels
 
 

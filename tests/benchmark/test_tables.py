@@ -39,3 +39,9 @@ def test_settings_are_told_apart_by_what_differs():
         "Cfa, resnet18, R, RotatedMVTecAD",
         "Cfa, resnet18, R, weights_path file.pth",
     ]
+
+
+def test_two_options_of_one_name_are_both_in_the_label():
+    specs = [spec_of(scale=1), spec_of(scale=2)]
+    specs[1].config["data"]["init_args"]["scale"] = 3
+    assert label_settings(specs) == ["Cfa, resnet18, R, scale 1", "Cfa, resnet18, R, scale 3, scale 2"]
