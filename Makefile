@@ -47,7 +47,7 @@ $(stamp): pyproject.toml
 		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)") --editable '.[cpu,openvino,test]'
+	$(bin)/python -m pip install --quiet $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)") --editable '.[cpu,demo,openvino,test]'
 	@touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Anomalib's benchmark pipeline, made fit for runs of hours: resumable, one failure costs one job, and a report.
+"""Anomalib's benchmark pipeline for runs of hours: resumable, a failure costs one job, and a report at the end.
 
 ``python -m anomalib_cfa.benchmark --config FILE [--output DIR]`` takes the file that ``anomalib benchmark`` takes;
 ``python -m anomalib_cfa.benchmark report DIR`` turns the results into Markdown, pictures and CSV.

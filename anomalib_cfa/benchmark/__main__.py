@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a benchmark, or write the report of one.
 
     Args:
-        arguments: Of the command line.
+        arguments: The command line's; None for ``sys.argv``'s.
 
     Returns:
         The exit status: 0, or 1 if a job failed, 2 if the arguments or the file are wrong, 130 if interrupted.

@@ -1,6 +1,7 @@
-"""Keeps the test images that a model did best and worst on, and draws them."""
+"""The test images that a model does best and worst on: kept during the test, drawn, and shown on a page."""
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms import v2
 
-from anomalib_cfa.benchmark.folder import Case
-
-PANELS = "image, true mask, heat map, predicted outline"
-"""What a picture shows, from left to right."""
+from anomalib_cfa.benchmark.folder import Case, Result
 
 _PANEL_HEIGHT = 192
 
@@ -33,14 +31,14 @@ class CaseKeeper(Callback):
     """Keeps the images of a test with the largest and the smallest margin, of the defective and of the normal ones.
 
     The margin is how far an image's score lies on the right side of the threshold. Lightning calls this before the
-    model's post-processor, so that scores are not yet clamped to [0, 1] and no two of them are alike for that.
+    model's post-processor, when scores are not yet clamped to [0, 1], which would make many of them equal.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, bool], _Kept] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
-        """Look at a batch."""
+        """Keep those images of a batch that have a larger or smaller margin than the ones kept before."""
         del trainer, args
         assert isinstance(pl_module, AnomalibModule)
         if not isinstance(outputs, ImageBatch) or outputs.pred_score is None or outputs.gt_label is None:
@@ -58,11 +56,11 @@ class CaseKeeper(Callback):
                 self._kept[kind, bool(label)] = _Kept(name, score, threshold, margin, pictured)
 
     def draw(self, folder: Path, root: Path) -> list[Case]:
-        """Draw what was kept, the best first, and of them the defective image.
+        """Draw what was kept: the best before the worst, and the defective before the normal image.
 
         Args:
             folder: Where the pictures go.
-            root: The run's folder, which their paths are relative to.
+            root: The run's folder, to which the cases' paths are relative.
         """
         folder.mkdir(parents=True, exist_ok=True)
         cases = []
@@ -90,7 +88,7 @@ def _pictured(batch: ImageBatch, index: int, model: AnomalibModule) -> dict[str,
             _value(model.post_processor, name) for name in ("pixel_min", "pixel_max", "pixel_threshold")
         )
         anomaly_map = batch.anomaly_map[index].squeeze().float().cpu()
-        # As the post-processor scales: the colours' middle is the threshold.
+        # As the post-processor scales: the threshold is in the middle of the colours.
         scaled = 0.5 + (anomaly_map - threshold) / max(high - low, 1e-12)
         pictured["anomaly_map"] = (scaled.nan_to_num().clamp(0, 1) * 255).round().byte().numpy()
         pictured["pred_mask"] = (anomaly_map > threshold).numpy()
@@ -116,3 +114,36 @@ def _draw(pictured: dict[str, Any], path: Path) -> None:
     )
     assert drawn is not None  # there are fields to draw
     drawn.convert("RGB").save(path, quality=90)
+
+
+def heat_map_page(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
+    """Sections of a Markdown page: one for each category, with the pictures of each setting's first seed.
+
+    Args:
+        results: Results of a run.
+        labels: Name of each result's setting.
+    """
+    yield "# Best and worst cases"
+    yield (
+        "From left to right: image, true mask, heat map, predicted outline. Best and worst is how far an image's score "
+        "lies on the right side of the threshold, among the defective and among the normal images: the worst defective "
+        "one is the most likely to be missed, the worst normal one the most likely false alarm. Colours share a scale "
+        "within a category, with the pixel threshold in the middle."
+    )
+    first: dict[tuple[str, str], Result] = {}
+    for result, label in sorted(zip(results, labels, strict=True), key=lambda pair: pair[0].spec.seed):
+        first.setdefault((result.spec.category, label), result)
+    shown = None
+    for (category, label), result in sorted(first.items(), key=lambda item: item[0]):
+        if category != shown:
+            yield f"## {category}"
+        shown = category
+        yield f"### {label}, seed {result.spec.seed}"
+        yield from map(_captioned, result.cases)
+
+
+def _captioned(case: Case) -> str:
+    title = f"{case.kind} {'defective' if case.is_defective else 'normal'}"
+    verdict = f"{'right' if case.margin > 0 else 'wrong'} by {abs(case.margin):.2g}"
+    figures = f"score {case.score:.3g}, threshold {case.threshold:.3g}: {verdict}"
+    return f"{title.capitalize()}: `{case.image}`, {figures}\n\n![{title}, {case.image}]({case.picture})"

@@ -1,4 +1,4 @@
-"""A run's folder: what each job leaves behind, complete or not at all."""
+"""A run's folder: the results and failures of its jobs, each file written whole or not at all."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from anomalib_cfa.benchmark.spec import JobSpec
 
 @dataclass(frozen=True)
 class Case:
-    """An image that the model did best or worst on, among the defective or the normal ones.
+    """The defective or normal image that the model did best or worst on.
 
     Attributes:
         kind: ``"best"`` or ``"worst"``.
         image: The image's folder and name.
         is_defective: The truth.
         score: The image's score, before normalization.
-        threshold: The score from which on an image is called defective.
+        threshold: Images with a score above it are called defective.
         margin: How far the score lies on the right side of the threshold; negative: on the wrong side.
         picture: Path of the picture, in the run's folder.
     """
@@ -35,27 +35,36 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a finished job measured, and what one must know to judge it.
-
-    Attributes:
-        accelerator: As in :class:`JobSpec`.
-        config: As in :class:`JobSpec`.
-        metrics: Test metrics by anomalib's names, None for nan.
-        seconds: Wall time of ``fit``, with the memory bank and a last validation, and of ``test``.
-        peak_memory: Bytes: ``host``, resident in the process, None where the system does not tell; ``device``.
-        images: Numbers of images of ``train`` and ``test``.
-        epochs: Number of epochs trained.
-        threshold_from: Side whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
-        weights: The backbone's weights.
-        versions: Of Python and the packages.
-        machine: What it ran on.
-        finished: Time, in ISO format.
-        cases: Pictures.
-    """
+class Outcome:
+    """What became of a job, whose ``accelerator`` and ``config`` are those of :class:`JobSpec`."""
 
     accelerator: str
     config: dict[str, Any]
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job."""
+        return JobSpec(self.accelerator, self.config)
+
+
+@dataclass(frozen=True)
+class Result(Outcome):
+    """What a finished job measured, and under which conditions.
+
+    Attributes:
+        metrics: Test metrics by anomalib's names; None in place of nan.
+        seconds: Wall time of ``fit``, with the memory bank and a last validation, and of ``test``.
+        peak_memory: Bytes: ``host``, resident in the process, None where it is unknown; ``device``.
+        images: Numbers of ``train`` and ``test`` images.
+        epochs: Number of epochs trained.
+        threshold_from: The side whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
+        weights: The backbone's weights.
+        versions: Of Python and the packages.
+        machine: The machine it ran on.
+        finished: Time, in ISO format.
+        cases: The best and worst cases.
+    """
+
     metrics: dict[str, float | None]
     seconds: dict[str, float]
     peak_memory: dict[str, int | None]
@@ -68,38 +77,24 @@ class Result:
     finished: str
     cases: list[Case]
 
-    @property
-    def spec(self) -> JobSpec:
-        """The job that this is the result of."""
-        return JobSpec(self.accelerator, self.config)
-
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Outcome):
     """Why a job failed.
 
     Attributes:
-        accelerator: As in :class:`JobSpec`.
-        config: As in :class:`JobSpec`.
         title: The job in a few words.
         reason: The error in one line.
-        traceback: The whole of it.
+        traceback: Its traceback.
     """
 
-    accelerator: str
-    config: dict[str, Any]
     title: str
     reason: str
     traceback: str
 
-    @property
-    def spec(self) -> JobSpec:
-        """The job that failed."""
-        return JobSpec(self.accelerator, self.config)
-
 
 class RunFolder:
-    """Folder of a run: ``results/``, ``failures/`` and ``cases/`` by job, the file of the run, and its report.
+    """Folder of a run: ``results/``, ``failures/`` and ``cases/`` by job, the run's config, and its report.
 
     Args:
         root: The folder; made when something is written.
@@ -132,12 +127,12 @@ class RunFolder:
         _write(self._file("failures", failure.spec.key), asdict(failure))
 
     def results(self) -> Iterator[Result]:
-        """All results, by name of their files."""
+        """All results, in the order of their files' names."""
         for values in _read_all(self.root / "results"):
             yield Result(**values | {"cases": [Case(**case) for case in values["cases"]]})
 
     def failures(self) -> Iterator[Failure]:
-        """All failures, by name of their files."""
+        """All failures, in the order of their files' names."""
         for values in _read_all(self.root / "failures"):
             yield Failure(**values)
 
@@ -146,7 +141,7 @@ class RunFolder:
         self._file("failures", key).unlink(missing_ok=True)
 
     def clear_work(self) -> None:
-        """Clear away what jobs under way have written, as those of an interrupted run will not."""
+        """Remove the working files of jobs, which an interrupted run leaves behind."""
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _file(self, kind: str, key: str) -> Path:
@@ -155,7 +150,7 @@ class RunFolder:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that is killed leaves this one, which nobody reads.
+    # If the process is killed, only the draft is left, which is never read.
     draft = path.with_suffix(f".{os.getpid()}.draft")
     draft.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
     draft.replace(path)

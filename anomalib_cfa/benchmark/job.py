@@ -1,6 +1,8 @@
-"""One job: a model trained and tested on one category with one seed, its result on disk before the next begins."""
+"""One job: a model trained and tested on one category with one seed, and its result saved."""
 
 import gc
+import importlib
+import inspect
 import math
 import time
 import traceback
@@ -8,21 +10,23 @@ from datetime import datetime, timezone
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import anomalib.models
 import pandas as pd
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
+from anomalib.models import get_model
 from anomalib.models.components import AnomalibModule
 from anomalib.pipelines.benchmark.job import BenchmarkJob
 from anomalib.utils.config import flatten_dict
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from anomalib_cfa.benchmark.building import build_datamodule, build_model
 from anomalib_cfa.benchmark.cases import CaseKeeper
 from anomalib_cfa.benchmark.folder import Failure, Result, RunFolder
-from anomalib_cfa.benchmark.provenance import PeakMemory, machine, versions, weights_of
+from anomalib_cfa.benchmark.provenance import machine, peak_memory, versions, weights_of
 from anomalib_cfa.benchmark.spec import JobSpec
+from anomalib_cfa.lightning_model import Cfa
 
 _THRESHOLD_SIDES = {
     ValSplitMode.SAME_AS_TEST: "test",
@@ -33,8 +37,42 @@ _THRESHOLD_SIDES = {
 }
 
 
+def build_model(spec: JobSpec) -> AnomalibModule:
+    """Build the model of a job.
+
+    A model that takes a seed gets the run's unless the file sets its own. All models are tested with this package's
+    metrics, and none draws its test images, which would count as test time.
+    """
+    config = spec.model
+    model_class = getattr(anomalib.models, spec.model_name, None)
+    if model_class is not None and "seed" in inspect.signature(model_class).parameters:
+        config["init_args"].setdefault("seed", spec.seed)
+    model: AnomalibModule = get_model(config)
+    model.evaluator = Cfa.configure_evaluator()
+    model.visualizer = None
+    return model
+
+
+def build_datamodule(spec: JobSpec) -> AnomalibDataModule:
+    """Build the data module of a job: one of anomalib's by its name, or any other by its full class path.
+
+    Raises:
+        TypeError: If the class path names something else.
+    """
+    config = spec.data
+    module, _, name = str(config["class_path"]).rpartition(".")
+    if module.partition(".")[0] in ("", "anomalib"):
+        datamodule: AnomalibDataModule = get_datamodule(config)
+        return datamodule
+    found: Any = getattr(importlib.import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, AnomalibDataModule)):
+        msg = f"class_path of data must name an anomalib data module, but names {found!r}"
+        raise TypeError(msg)
+    return found(**config["init_args"])
+
+
 class Job(BenchmarkJob):
-    """Anomalib's benchmark job, which builds its model and data itself, so that their errors are its own.
+    """Anomalib's benchmark job, which builds its model and data only when it runs, so that their errors are its own.
 
     It holds plain values only and can be sent to another process.
 
@@ -42,12 +80,12 @@ class Job(BenchmarkJob):
         spec: What to do.
         folder: Where the result goes.
         title: The job in a few words.
-        number: Its place among the jobs that are to be done now, from 1.
-        total: The number of those.
+        number: Its place among the jobs to run, from 1.
+        total: The number of jobs to run.
     """
 
     def __init__(self, spec: JobSpec, folder: RunFolder, title: str, number: int = 1, total: int = 1) -> None:
-        # Not the parent's constructor, which wants a model and data that are built already.
+        # Not the parent's constructor, which wants a model and data that are already built.
         self.accelerator = spec.accelerator
         self.seed = spec.seed
         self.flat_cfg = flatten_dict(spec.config)
@@ -64,21 +102,21 @@ class Job(BenchmarkJob):
             task_id: Index of the GPU, where there are several.
 
         Returns:
-            The result in one flat dictionary, as anomalib's job gives it.
+            The result in one flat dictionary, as from anomalib's job.
 
         Raises:
             Exception: Whatever went wrong; the runner goes on with the next job.
         """
-        place = "" if task_id is None else f" on device {task_id}"
+        device = "" if task_id is None else f" on device {task_id}"
         left = self.total - self.number
-        print(f"\n[{self.number} of {self.total}, {left} left after it] {self.title}{place}", flush=True)
+        print(f"\n[{self.number} of {self.total}, {left} left after it] {self.title}{device}", flush=True)
         try:
             result = self._measure(task_id)
         except Exception as error:
             self.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
         finally:
-            gc.collect()  # trainer and model refer to each other, and the next job wants the memory
+            gc.collect()  # trainer and model refer to each other, and the next job needs the memory
         self.folder.save_result(result)
         figures = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items() if value is not None)
         print(f"{self.title}: {figures}, fit in {result.seconds['fit']:.0f} s", flush=True)
@@ -86,7 +124,7 @@ class Job(BenchmarkJob):
         return {"accelerator": self.accelerator, **durations, **self.flat_cfg, **result.metrics}
 
     def fail(self, reason: str, details: str = "") -> None:
-        """Note on disk that the job failed."""
+        """Save that the job failed, and why."""
         one_line = " ".join(reason.split())
         self.folder.save_failure(Failure(self.spec.accelerator, self.spec.config, self.title, one_line, details))
 
@@ -98,10 +136,7 @@ class Job(BenchmarkJob):
         trainer = dict(self.spec.config.get("trainer") or {})
         callbacks: list[Callback] = [keeper] if "check_val_every_n_epoch" in trainer else [keeper, _LastValidation()]
         self.folder.work.mkdir(parents=True, exist_ok=True)
-        with (
-            TemporaryDirectory(dir=self.folder.work) as work,
-            PeakMemory(self.accelerator, task_id or 0) as peak,
-        ):
+        with TemporaryDirectory(dir=self.folder.work) as work, peak_memory(self.accelerator, task_id or 0) as peak:
             engine = Engine(
                 accelerator=self.accelerator, devices=devices, default_root_dir=work, callbacks=callbacks, **trainer
             )
@@ -111,15 +146,16 @@ class Job(BenchmarkJob):
             epochs = engine.trainer.current_epoch
             metrics = engine.test(model, datamodule=datamodule)[0]
             tested = time.perf_counter()
+        thresholds = _THRESHOLD_SIDES[ValSplitMode(datamodule.val_split_mode)] if model.post_processor else "none"
         return Result(
-            accelerator=self.spec.accelerator,
+            accelerator=self.accelerator,
             config=self.spec.config,
             metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
             seconds={"fit": fitted - start, "test": tested - fitted},
-            peak_memory={"host": peak.host, "device": peak.device},
+            peak_memory=peak,
             images={"train": len(datamodule.train_data), "test": len(datamodule.test_data)},
             epochs=epochs,
-            threshold_from=_threshold_side(model, datamodule),
+            threshold_from=thresholds,
             weights=weights_of(model),
             versions=versions(),
             machine=machine(self.accelerator),
@@ -129,7 +165,7 @@ class Job(BenchmarkJob):
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> pd.DataFrame:
-        """Gather results, which may be none, or of models with different arguments."""
+        """Gather results, of which there may be none, or of models with different arguments."""
         return pd.DataFrame(results)
 
     @staticmethod
@@ -138,10 +174,9 @@ class Job(BenchmarkJob):
 
 
 class _LastValidation(Callback):
-    """Validates after the last epoch only, where the number of epochs is known.
+    """Validates after the last epoch only, if the number of epochs is known.
 
-    Validation is there for the thresholds. Its figures, of the test side by default, choose nothing here, and its time
-    should not count as training.
+    Validation only sets the thresholds. Its figures choose nothing here, and its time should not count as training.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,9 +184,3 @@ class _LastValidation(Callback):
         stops_sooner = any(isinstance(callback, EarlyStopping | Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and not stops_sooner and trainer.max_steps == -1:
             trainer.check_val_every_n_epoch = trainer.max_epochs
-
-
-def _threshold_side(model: AnomalibModule, datamodule: AnomalibDataModule) -> str:
-    if model.post_processor is None:
-        return "none"
-    return _THRESHOLD_SIDES[ValSplitMode(datamodule.val_split_mode)]

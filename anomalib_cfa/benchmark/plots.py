@@ -5,12 +5,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from anomalib_cfa.benchmark.summary import AVERAGE, PUBLISHED
+from anomalib_cfa.benchmark.published import PUBLISHED
+from anomalib_cfa.benchmark.tables import AVERAGE
 
 PLOTTED = ("image AUROC", "pixel AUROC", "AUPRO", "image F1", "fit, s")
 """Columns that are plotted."""
 
-_MARKS = {"paper": "_", "anomalib": "x"}
+_MARKERS = {"paper": "_", "anomalib": "x"}
 
 
 def draw_bars(summary: pd.DataFrame, folder: Path) -> dict[str, Path]:
@@ -19,7 +20,7 @@ def draw_bars(summary: pd.DataFrame, folder: Path) -> dict[str, Path]:
     Whiskers show the standard deviation over seeds, marks the published figures.
 
     Args:
-        summary: From :func:`anomalib_cfa.benchmark.summary.summarize`.
+        summary: From :func:`anomalib_cfa.benchmark.tables.summarize`.
         folder: Where the pictures go.
 
     Returns:
@@ -42,16 +43,15 @@ def _draw(summary: pd.DataFrame, column: str) -> Figure:
     width = max(7.0, 1.5 + len(categories) * max(0.5, 0.24 * len(settings)))
     figure = Figure(figsize=(width, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    sources = [source for source in _MARKS if f"{source} {column}" in PUBLISHED]
-    sources = [source for source in sources if summary[f"{source} {column}"].notna().any()]
+    published = {f"{source} {column}": source for source in _MARKERS if f"{source} {column}" in PUBLISHED}
+    published = {name: source for name, source in published.items() if summary[name].notna().any()}
     for place, setting in enumerate(settings):
         rows = summary[summary["setting"] == setting].set_index("category").reindex(categories)
         centers = [index - 0.4 + (place + 0.5) * bar for index in range(len(categories))]
         axes.bar(centers, rows[column], bar * 0.92, yerr=rows[f"{column} ±"], capsize=2, label=setting)
-        for source in sources:
+        for name, source in published.items():
             label = f"{source}, published" if place == 0 else None
-            published = rows[f"{source} {column}"]
-            axes.scatter(centers, published, s=30, marker=_MARKS[source], color="black", zorder=3, label=label)
+            axes.scatter(centers, rows[name], s=30, marker=_MARKERS[source], color="black", zorder=3, label=label)
     axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -59,10 +59,10 @@ def _draw(summary: pd.DataFrame, column: str) -> Figure:
     if column.endswith(", s"):
         axes.set_ylabel(column)
     else:
-        axes.set_ylabel(f"{column}, %")
-        lowest = summary[[column, *(f"{source} {column}" for source in sources)]].min().min()
+        lowest = summary[[column, *published]].min().min()
         bottom = max(0.0, 5 * ((lowest - 5) // 5))
         axes.set_ylim(bottom, 100.5)
+        axes.set_ylabel(f"{column}, %")
         axes.set_title(f"The axis starts at {bottom:.0f} %", fontsize=9, loc="right")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

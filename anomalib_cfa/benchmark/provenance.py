@@ -1,12 +1,12 @@
-"""What one must know to judge a figure: versions, machine, weights, and the memory it took."""
+"""The conditions of a measurement: versions, machine, weights, and peak memory."""
 
 import hashlib
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from anomalib.models.components import AnomalibModule
@@ -26,14 +26,14 @@ def versions() -> dict[str, str]:
 
 
 def machine(accelerator: str) -> dict[str, str]:
-    """What the job runs on. The machine's name is nobody's business."""
+    """Processor, memory and accelerator of this machine, without its name."""
     described = {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    with suppress(ValueError, OSError, AttributeError):  # not every system tells
+    with suppress(ValueError, OSError, AttributeError):  # not on every system
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         described["memory"] = f"{memory / 2**30:.0f} GiB"
     if accelerator == "cuda":
@@ -52,7 +52,7 @@ def _processor() -> str:
 def weights_of(model: AnomalibModule) -> str:
     """The weights of a model's backbone: timm's name and tag, and the file if they come from one."""
     if not isinstance(model, Cfa):
-        return f"{model.hparams.get('backbone', 'unknown')}, as {model.name} takes them"
+        return f"{model.hparams.get('backbone', 'unknown')}, weights as chosen by {model.name}"
     features = model.model.patch_features
     if not features.pre_trained:
         return f"{features.weights_tag}, untrained"
@@ -63,37 +63,30 @@ def weights_of(model: AnomalibModule) -> str:
     return f"{features.weights_tag}, from {path.name} (SHA-256 {digest[:12]}…)"
 
 
-class PeakMemory:
-    """Measures the most memory that is held at once within a ``with`` block.
-
-    Attributes:
-        host: Bytes resident in this process, without data loaders' workers; where the system cannot start the count
-            anew, since the process began; None where it does not tell at all.
-        device: Bytes allocated on the GPU by torch; None without one.
+@contextmanager
+def peak_memory(accelerator: str, index: int = 0) -> Iterator[dict[str, int | None]]:
+    """Measure the peak memory within a ``with`` block.
 
     Args:
         accelerator: ``"cpu"`` or ``"cuda"``.
         index: Of the GPU.
+
+    Yields:
+        A dictionary that is filled when the block ends. ``host``: bytes resident in this process, without data loaders'
+        workers; since the process began where the system cannot reset the count; None where it has none. ``device``:
+        bytes that torch has allocated on the GPU; None without one.
     """
-
-    def __init__(self, accelerator: str, index: int = 0) -> None:
-        self.host: int | None = None
-        self.device: int | None = None
-        self._index = index if accelerator == "cuda" else None
-
-    def __enter__(self) -> "PeakMemory":  # noqa: PYI034 - Self is of Python 3.11
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-        if self._index is not None:
-            torch.cuda.reset_peak_memory_stats(self._index)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.host = _peak_resident()
-        if self._index is not None:
-            self.device = torch.cuda.max_memory_allocated(self._index)
+    peak: dict[str, int | None] = {"host": None, "device": None}
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+    if accelerator == "cuda":
+        torch.cuda.reset_peak_memory_stats(index)
+    try:
+        yield peak
+    finally:
+        peak["host"] = _peak_resident()
+        if accelerator == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(index)
 
 
 def _peak_resident() -> int | None:

@@ -1,29 +1,21 @@
 """A run's results -> its report, in Markdown with pictures and CSV."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from anomalib_cfa.benchmark import published
+from anomalib_cfa.benchmark.cases import heat_map_page
 from anomalib_cfa.benchmark.folder import Result, RunFolder
-from anomalib_cfa.benchmark.heat_map_page import heat_map_page
 from anomalib_cfa.benchmark.plots import draw_bars
+from anomalib_cfa.benchmark.published import PUBLISHED, SOURCES, is_mvtec_ad
 from anomalib_cfa.benchmark.spec import accelerators, expand
-from anomalib_cfa.benchmark.summary import (
-    AVERAGE,
-    MEASURED,
-    METRICS,
-    PUBLISHED,
-    TIMES,
-    summarize,
-    tabulate,
-)
+from anomalib_cfa.benchmark.tables import AVERAGE, MEASURED, METRICS, TIMES, label_settings, summarize, tabulate
 
 _F1_NOTES = {
-    "test": "threshold chosen on the test side, where anomalib's data modules validate by default; no user can do that",
+    "test": "threshold chosen on the test side, where anomalib's data modules validate by default: optimistic",
     "validation": "threshold chosen on a validation split of the training side",
     "none": "anomalib's threshold without a validation side",
 }
@@ -63,14 +55,14 @@ def write_report(folder: Path | str) -> Path:
         *(f"![{column}]({path.relative_to(run.root).as_posix()})" for column, path in plots.items()),
         "Best and worst cases of each category: [heat_maps.md](heat_maps.md).",
         *_categories(summary),
-        "## What it ran with",
+        "## Environment",
         _provenance(results),
     ]
     if run.config.is_file():
         sections.append(f"```yaml\n{run.config.read_text(encoding='utf-8').strip()}\n```")
     report = run.root / "report.md"
     _write(report, sections)
-    _write(run.root / "heat_maps.md", heat_map_page(results))
+    _write(run.root / "heat_maps.md", heat_map_page(results, label_settings([result.spec for result in results])))
     return report
 
 
@@ -86,80 +78,62 @@ def _state(run: RunFolder, results: Sequence[Result]) -> str:
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         wanted = [spec for name in accelerators(config) for spec in expand(name, config["benchmark"])]
-        missing = [spec for spec in wanted if not run.has_result(spec.key)]
-        if missing:
-            lines.append(f"**{len(missing)} of the {len(wanted)} jobs of the config are missing.**")
-    failures = list(run.failures())
-    if failures:
-        lines.append("**Failed:**")
-        lines += [f"- {failure.title}: `{failure.reason}`" for failure in failures]
-    return "\n".join(lines)
+        if missing := sum(not run.has_result(spec.key) for spec in wanted):
+            lines.append(f"**{missing} of the {len(wanted)} jobs of the config are missing.**")
+    failures = [f"- {failure.title}: `{failure.reason}`" for failure in run.failures()]
+    return "\n".join([*lines, *(["**Failed:**"] if failures else []), *failures])
 
 
 def _notes(results: Sequence[Result], summary: pd.DataFrame) -> str:
     notes = [
-        "Metrics are in percent, of the test side, after the last epoch. No epoch is picked by looking at it.",
+        "Metrics are in percent, of the test side, after the last epoch; no epoch is chosen by its test metrics.",
         "± is the sample standard deviation over seeds; without it there is one seed.",
+        *(f"F1: {_F1_NOTES[side]}." for side in sorted({result.threshold_from for result in results})),
+        "fit: wall time of training, with the memory bank and one validation; test: of testing, with its metrics.",
+        "host: peak resident memory of the process.",
     ]
-    sides = sorted({result.threshold_from for result in results})
-    notes += [f"F1: {_F1_NOTES[side]}." for side in sides]
-    notes.append(
-        "fit: wall time of training with the memory bank and one validation; test: of testing, metrics included. host: "
-        "the most memory resident in the process at once."
-    )
-    if summary["paper image AUROC"].notna().any():
-        notes.append(f"{published.PAPER_MEANS}.")
-    if summary["anomalib image AUROC"].notna().any():
-        notes.append(f"{published.ANOMALIB_MEANS}.")
-    if any(not published.is_mvtec_ad(result.spec, result.images["test"]) for result in results):
+    shown = {source for column, source in PUBLISHED.items() if summary[column].notna().any()}
+    notes += [f"{note}." for source, note in SOURCES.items() if source in shown]
+    if not all(is_mvtec_ad(result.spec, result.images["test"]) for result in results):
         notes.append(
-            "Published figures stand beside jobs on MVTec AD itself only, told by its class and number of test images."
+            "Published figures stand only beside jobs on MVTec AD itself, recognized by its class and number of test "
+            "images."
         )
     return "\n".join(f"- {note}" for note in notes)
 
 
 def _averages(summary: pd.DataFrame) -> str:
+    """A table with a row for each setting."""
     rows = summary[summary["category"] == AVERAGE]
     counts = summary[summary["category"] != AVERAGE].groupby("setting").size()
     measured = [column for column in MEASURED if rows[column].notna().any()]
     lines = [
-        [row["setting"], str(counts[row["setting"]]), str(row["seeds"]), *_measured(row, measured)]
+        [row["setting"], str(counts[row["setting"]]), str(row["seeds"]), *_figures(row, measured)]
         for _, row in rows.iterrows()
     ]
     return _markdown(["setting", "categories", "seeds", *measured], lines)
 
 
-def _categories(summary: pd.DataFrame) -> Iterable[str]:
+def _categories(summary: pd.DataFrame) -> Iterator[str]:
     """A table for each setting: a row for each category, and the average."""
     for setting, rows in summary.groupby("setting", sort=True):
-        measured = [column for column in (*METRICS.values(), *TIMES[:2]) if rows[column].notna().any()]
-        sources = [column for column in PUBLISHED if rows[column].notna().any()]
-        lines = [
-            [
-                _strong(row["category"]),
-                str(row["seeds"]),
-                *_measured(row, measured),
-                *(_number(row[name]) for name in sources),
-            ]
-            for _, row in rows.iterrows()
-        ]
+        columns = [name for name in (*METRICS.values(), *TIMES[:2], *PUBLISHED) if rows[name].notna().any()]
+        lines = []
+        for _, row in rows.iterrows():
+            category = f"**{AVERAGE}**" if row["category"] == AVERAGE else row["category"]
+            lines.append([category, str(row["seeds"]), *_figures(row, columns)])
         yield f"## {setting}"
-        yield _markdown(["category", "seeds", *measured, *sources], lines)
+        yield _markdown(["category", "seeds", *columns], lines)
 
 
-def _measured(row: pd.Series, columns: Iterable[str]) -> list[str]:
-    return [
-        _number(row[column]) + ("" if pd.isna(row[f"{column} ±"]) else f" ± {row[f'{column} ±']:.1f}")
-        for column in columns
-    ]
-
-
-def _number(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.1f}"
-
-
-def _strong(category: str) -> str:
-    return f"**{category}**" if category == AVERAGE else category
+def _figures(row: pd.Series, columns: Iterable[str]) -> list[str]:
+    """The row's figures with their deviations over seeds, where there are any."""
+    figures = []
+    for column in columns:
+        figure = "-" if pd.isna(row[column]) else f"{row[column]:.1f}"
+        deviation = row.get(f"{column} ±", float("nan"))
+        figures.append(figure if pd.isna(deviation) else f"{figure} ± {deviation:.1f}")
+    return figures
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -168,15 +142,14 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _provenance(results: Sequence[Result]) -> str:
-    told = {
+    values = {
         "Weights": [result.weights for result in results],
         "Epochs": [str(result.epochs) for result in results],
         "Versions": [_joined(result.versions) for result in results],
         "Machine": [_joined({"runs on": result.accelerator, **result.machine}) for result in results],
     }
     lines = []
-    for name, values in told.items():
-        counted = Counter(values)
+    for name, counted in ((name, Counter(each)) for name, each in values.items()):
         shown = [value if len(counted) == 1 else f"{value} ({count} jobs)" for value, count in counted.items()]
         lines.append(f"- {name}: {'; '.join(shown)}")
     return "\n".join(lines)

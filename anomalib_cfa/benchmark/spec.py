@@ -1,4 +1,4 @@
-"""What a job is to do, in plain values: it says so before anything is built, and in another process."""
+"""What a job is to do, in plain values, which can be named, saved and sent before anything is built."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ class JobSpec:
     Attributes:
         accelerator: ``"cpu"`` or ``"cuda"``.
         config: The ``benchmark`` section of the file with one value for each grid: ``seed``, ``model``, ``data``, and
-            perhaps ``trainer``.
+            optionally ``trainer``.
     """
 
     accelerator: str
@@ -29,15 +29,12 @@ class JobSpec:
     @property
     def model(self) -> dict[str, Any]:
         """The model's ``class_path`` and ``init_args``."""
-        model = self.config["model"]
-        named: dict[str, Any] = {"class_path": model} if isinstance(model, str) else model
-        return {"class_path": named["class_path"], "init_args": dict(named.get("init_args") or {})}
+        return _class_and_arguments(self.config["model"])
 
     @property
     def data(self) -> dict[str, Any]:
         """The data module's ``class_path`` and ``init_args``."""
-        data = self.config["data"]
-        return {"class_path": data["class_path"], "init_args": dict(data.get("init_args") or {})}
+        return _class_and_arguments(self.config["data"])
 
     @property
     def model_name(self) -> str:
@@ -51,21 +48,26 @@ class JobSpec:
 
     @property
     def category(self) -> str:
-        """The category; for a data module without categories its ``name``, or else its class."""
+        """The category; the ``name`` or else the class of a data module without categories."""
         arguments = self.data["init_args"]
         return str(arguments.get("category") or arguments.get("name") or self.data_name)
 
     @property
     def seed(self) -> int:
-        """The model's own seed where the file gives it one, or else the run's."""
+        """The model's own seed if the file sets one, or else the run's."""
         return int(self.model["init_args"].get("seed", self.config["seed"]))
 
     @property
     def key(self) -> str:
-        """Name of the job's files: the category, the seed, and a hash of all that the file says of it."""
-        said = json.dumps({"accelerator": self.accelerator, **self.config}, sort_keys=True, default=str)
+        """Name of the job's files: the category, the seed, and a hash of all its settings."""
+        settings = json.dumps({"accelerator": self.accelerator, **self.config}, sort_keys=True, default=str)
         category = re.sub(r"[^\w.-]", "_", self.category)
-        return f"{category}-seed{self.seed}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+        return f"{category}-seed{self.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _class_and_arguments(section: str | dict[str, Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {"class_path": section} if isinstance(section, str) else section
+    return {"class_path": named["class_path"], "init_args": dict(named.get("init_args") or {})}
 
 
 def check_config(config: object) -> None:
@@ -90,7 +92,7 @@ def accelerators(config: dict[str, Any]) -> list[str]:
 
 
 def expand(accelerator: str, section: dict[str, Any]) -> Iterator[JobSpec]:
-    """All points of the grid of a file's ``benchmark`` section, each once."""
+    """All different points of the grid of a file's ``benchmark`` section."""
     seen = set()
     for config in get_iterator_from_grid_dict(section):
         spec = JobSpec(accelerator, deepcopy(config))  # anomalib's dicts share their parts

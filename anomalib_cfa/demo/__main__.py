@@ -1,4 +1,4 @@
-"""The main job from end to end on rendered images: train, export, find defects, draw them."""
+"""The whole path on rendered images: train, export, find defects, draw them."""
 
 import argparse
 import os
@@ -9,10 +9,7 @@ from pathlib import Path
 from anomalib_cfa.demo.commands import export_openvino, read_metrics, train
 from anomalib_cfa.demo.heat_maps import draw_heat_maps
 from anomalib_cfa.demo.render import CATEGORIES, render_mvtec
-from anomalib_cfa.demo.weights import find_imagenet_weights
-
-BACKBONE = "resnet18.tv_in1k"
-"""Full name of the backbone in ``configs/demo.yaml``."""
+from anomalib_cfa.demo.weights import RESNET18, find_weights
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
 
@@ -21,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo.
 
     Args:
-        arguments: Those of the command line; None for ``sys.argv``'s.
+        arguments: The command line's; None for ``sys.argv``'s.
 
     Returns:
         Exit status: 0, or 1 after an error, which is printed.
@@ -38,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m anomalib_cfa.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("results/demo"), help="folder to write to [%(default)s]")
-    parser.add_argument("--weights-path", type=Path, help=f"file with the ImageNet weights of {BACKBONE}")
+    parser.add_argument("--weights-path", type=Path, help=f"file with the ImageNet weights of {RESNET18}")
     parser.add_argument(
         "--categories", nargs="+", choices=list(CATEGORIES), default=list(CATEGORIES), help="what to render"
     )
@@ -49,16 +46,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    weights = find_imagenet_weights(BACKBONE, options.weights_path)
-    if weights is None:
-        print(
-            f"No ImageNet weights: {BACKBONE} is not in the cache and the hub cannot be reached. Going on with seeded\n"
-            "random features, which find less. Give a file with --weights-path FILE (make demo WEIGHTS=FILE)."
-        )
-    else:
-        print(f"ImageNet weights of {BACKBONE}: {weights}")
-
     output = options.output.resolve()
+    weights = find_weights(output / "weights", options.weights_path)
+    print(weights.note)
     datasets = render_mvtec(output / "datasets", options.categories, options.seed)
     print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {_short(datasets)}", flush=True)
 
@@ -69,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
         summary.append(f"{category:12}" + "".join(f"{metrics[name]:15.3f}" for name in METRICS))
         _look(category, export_openvino(category, checkpoint, output), output)
 
-    print(f"\nTest metrics of the last epoch, {'random' if weights is None else 'ImageNet'} features:")
+    print(f"\nTest metrics of the last epoch, {'ImageNet' if weights.path else 'random'} features:")
     print("\n".join(summary))
     print(f"\nHeat maps (image, true mask, heat map, predicted outline): {_short(output / 'heat_maps')}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")

@@ -1,4 +1,4 @@
-"""The demo's steps outside this process: anomalib's own command line, as a user would type it."""
+"""The demo's steps in processes of their own: anomalib's command line, as a user would type it."""
 
 import csv
 import os
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+
+from anomalib_cfa.demo.weights import Weights
 
 MODEL = "Cfa"
 DATA = "MVTecAD"
@@ -18,14 +20,14 @@ def find_config() -> Path:
     return next(path for folder in (package, package.parent) if (path := folder / "configs" / "demo.yaml").is_file())
 
 
-def train(category: str, datasets: Path, output: Path, weights: Path | None, epochs: int | None, seed: int) -> Path:
+def train(category: str, datasets: Path, output: Path, weights: Weights, epochs: int | None, seed: int) -> Path:
     """Run ``anomalib train`` on one category.
 
     Args:
         category: Name of the category below ``datasets``.
         datasets: Root of the data set, laid out as MVTec AD.
         output: Folder for everything that the run writes.
-        weights: File of ImageNet weights; None for random features.
+        weights: The backbone and its weights.
         epochs: Number of epochs; None for the config's.
         seed: The model's seed.
 
@@ -36,7 +38,8 @@ def train(category: str, datasets: Path, output: Path, weights: Path | None, epo
         RuntimeError: The command failed.
     """
     arguments = ["--config", str(find_config()), "--model", MODEL, "--model.seed", str(seed)]
-    arguments += ["--model.pre_trained", "false"] if weights is None else ["--model.weights_path", str(weights)]
+    arguments += ["--model.backbone", weights.backbone]
+    arguments += ["--model.weights_path", str(weights.path)] if weights.path else ["--model.pre_trained", "false"]
     arguments += ["--data", DATA, "--data.root", str(datasets), "--data.category", category]
     arguments += ["--trainer.logger.save_dir", str(output / "metrics" / category)]
     arguments += ["--trainer.logger.name", "", "--trainer.logger.version", ""]
@@ -72,14 +75,14 @@ def export_openvino(category: str, checkpoint: Path, output: Path) -> Path:
 
 
 def _anomalib(subcommand: str, arguments: list[str], log: Path) -> None:
-    """Print and run a command of anomalib's, its output going to ``log``."""
+    """Print and run a command of anomalib's, with its output in ``log``."""
     executable = shutil.which("anomalib", path=sysconfig.get_path("scripts"))
     if executable is None:
-        msg = "The command `anomalib` is missing beside this Python: is anomalib installed?"
+        msg = "The command `anomalib` is not installed beside this Python: install anomalib."
         raise RuntimeError(msg)
     print(f"\n$ anomalib {subcommand} {shlex.join(arguments)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    # The weights are settled by now; nobody should wait for the hub.
+    # The weights are local files by now, so nothing needs to wait for the hub.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     with log.open("w") as file:
         done = subprocess.run(  # noqa: S603 - the arguments are this module's

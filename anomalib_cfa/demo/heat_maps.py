@@ -1,4 +1,4 @@
-"""Looks at defects through the exported model: OpenVINO's predictions, drawn beside the truth."""
+"""Predictions of the exported OpenVINO model, drawn beside the truth."""
 
 import os
 import time
@@ -16,11 +16,11 @@ from anomalib.visualization.image.item_visualizer import visualize_image_item
 
 @dataclass(frozen=True)
 class Finding:
-    """What the exported model says of one image.
+    """The exported model's prediction for one image.
 
     Attributes:
         kind: Name of the image's folder: ``good``, or the kind of its defect.
-        score: The normalized image score, in [0, 1]; an image is called defective from 0.5 on.
+        score: The normalized image score, in [0, 1]; above 0.5 an image is called defective.
         seconds: Time from file to prediction.
         picture: The picture drawn: the image, the true mask, the heat map, and the predicted outline.
     """

@@ -2,23 +2,20 @@
 
 import hashlib
 import re
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from anomalib.data import MVTecAD
-from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.demo import weights
 from anomalib_cfa.demo.__main__ import main
 from anomalib_cfa.demo.render import CATEGORIES, render_mvtec
-from anomalib_cfa.demo.weights import find_imagenet_weights
+from anomalib_cfa.demo.weights import RESNET18, Weights
 
-BACKBONE = "resnet18.tv_in1k"
+RANDOM = Weights(RESNET18, None, "No ImageNet weights.")
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -89,31 +86,10 @@ def test_wrong_arguments_are_named_before_anything_is_written(
     assert not (tmp_path / "data").exists()
 
 
-def test_a_given_weights_file_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="weights_path must be a file"):
-        find_imagenet_weights(BACKBONE, tmp_path / "missing.safetensors")
-
-
-def test_an_unreachable_hub_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens on the discard port
-    start = time.monotonic()
-    assert find_imagenet_weights(BACKBONE) is None
-    assert time.monotonic() - start < 10
-
-
-def test_offline_mode_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "_hub_answers", lambda: pytest.fail("asked the hub"))
-    assert find_imagenet_weights(BACKBONE) is None
-
-
 def test_the_demo_ends_with_metrics_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_imagenet_weights", lambda *_: None)
+    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_weights", lambda *_: RANDOM)
     tiny = {"num_train": 4, "num_good": 1, "num_defective": 1, "image_size": 64}
     monkeypatch.setattr(
         "anomalib_cfa.demo.__main__.render_mvtec", lambda root, names, seed: render_mvtec(root, names, seed, **tiny)
@@ -136,7 +112,7 @@ def test_a_failing_command_is_told_with_the_end_of_its_output(
     failing.write_text("#!/bin/sh\necho what went wrong\nexit 3\n")
     failing.chmod(0o755)
     monkeypatch.setattr("anomalib_cfa.demo.commands.shutil.which", lambda *_, **__: str(failing))
-    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_imagenet_weights", lambda *_: None)
+    monkeypatch.setattr("anomalib_cfa.demo.__main__.find_weights", lambda *_: RANDOM)
     monkeypatch.setattr("anomalib_cfa.demo.__main__.render_mvtec", lambda root, *_: root)
     assert main(["--output", str(tmp_path), "--categories", "tile"]) == 1
     message = capsys.readouterr().err
