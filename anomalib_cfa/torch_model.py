@@ -270,6 +270,6 @@ class CfaModel(nn.Module):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The anomaly map and, where the image's score has another one, that, each of shape (B, H, W)."""
-        scores = self.patch_scores(self.pyramid(images))
-        chosen = scores if self.score == "local" else scores[:1]
-        return [self.anomaly_map_generator(patches, images.shape[-2:]) for patches in chosen]
+        of_map, of_image = self.patch_scores(self.pyramid(images))
+        chosen = [of_map, of_image] if self.score == "local" else [of_map]
+        return [self.anomaly_map_generator(scores, images.shape[-2:]) for scores in chosen]
