@@ -291,7 +291,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
 
         def loss_of(block: list[Tensor]) -> Tensor:
             squared, indices = self.model.targets(block)
-            self.model.calibration.update(squared[..., 0].sqrt(), indices[..., 0])
+            self.model.calibrate(squared.detach(), indices)
             share = len(squared) / len(pyramid[0])
             attraction_and_repulsion = share * torch.stack(self.loss(squared, self.model.radius))
             terms.add_(attraction_and_repulsion.detach())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, average_views, central_view, softmin_scores
-from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank
+from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank, held_out_patches
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.hyperparameters import check_neighbors
@@ -118,9 +118,20 @@ class CfaModel(nn.Module):
 
         for block in blocks("Calibrating the score"):
             squared, indices = self.memory_bank.nearest(self.describe(block), k=1)
-            self.calibration.update(squared.sqrt(), indices)
+            self.calibrate(squared, indices)
         self.finish_calibration(processes)
         logger.info("Built the memory bank: %d centres from %d images", len(centers), builder.count)
+
+    def calibrate(self, squared: Tensor, indices: Tensor) -> None:
+        """Take in what is usual for normal patches, from those of them that the bank was not made of.
+
+        Args:
+            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
+            indices: Those centres' indices, of the same shape.
+        """
+        chosen = held_out_patches(*squared.shape[1:3]).to(squared.device)
+        chosen = chosen if chosen.any() else ~chosen
+        self.calibration.update(squared[..., 0][:, chosen].sqrt(), indices[..., 0][:, chosen])
 
     def finish_calibration(self, processes: Processes) -> None:
         """Relate scores to the distances that the calibration has taken in.

@@ -1,189 +1,293 @@
-"""Compares this package's ``Cfa`` with anomalib's own: time and memory of training and inference.
+"""What does a large bank cost? Time and memory of this Cfa against its backbone, and against anomalib's models.
 
-``python benchmarks/speed.py --quick`` takes a few minutes, without ``--quick`` an hour or more. Each measurement has a
-process of its own, the two sides take turns, and what is compared are medians of the ratios of neighbouring runs.
-Figures go to ``speed.json`` as they come, and at the end, or when interrupted, to ``speed.md`` and pictures.
+Building the bank, K-means, a training step, one image and a batch, over the sizes of bank and images: ratios of what is
+measured in turn in one process, or in processes that follow each other. Finished measurements are kept in
+``results/speed.jsonl``; the tables are ``speed.md`` beside it, and ``speed.png`` shows how time grows with the bank.
+
+    python benchmarks/speed.py --backbone resnet18=FILE [--backbone NAME=FILE]
+    python benchmarks/speed.py --backbone resnet18=FILE --quick --device cuda   # on a GPU, under 4 minutes
 """
 
 import argparse
-import json
-import os
-import subprocess
+import copy
+import math
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import linear_regression, median
 from typing import Any
 
-import plots
-import report
-from plan import ANOMALIB, FULL, PARTS, QUICK, Measurement, Scale
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from summary import distance_matrix_bytes, needed_bytes
+import torch
+from harness import Result, Store, Task, carry_out, figure, markdown_table, write_report
+from harness.arguments import Backbones, base_parser
+from harness.models import ANOMALIB_CFA, CFA, PATCHCORE_1, build_model
+from harness.timing import alternate, peak_memory
+from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-MEASURE = Path(__file__).with_name("measure.py")
-
-
-def main() -> int:
-    """Run the benchmark; the exit status is 1 if a measurement failed, 130 if it was interrupted."""
-    arguments = parse_arguments()
-    scale = QUICK if arguments.quick else FULL
-    measurements = [one for part in arguments.only or PARTS for one in PARTS[part](scale)]
-    results = Results(arguments.output / "speed.json", arguments.only or list(PARTS), vars(arguments))
-    status = 130
-    try:
-        with tempfile.TemporaryDirectory(prefix="speed-") as work:
-            run_all(measurements, Runner(Path(work), scale, arguments), results)
-        status = int(any("error" in row["result"] for row in results.rows))
-    except KeyboardInterrupt:
-        print("Interrupted: what was measured so far is kept.", file=sys.stderr)
-    text = report.markdown(results.content)
-    (arguments.output / "speed.md").write_text(text)
-    pictures = plots.draw(results.content, arguments.output)
-    print(text)
-    print("Written:", *(str(path) for path in [results.path, arguments.output / "speed.md", *pictures]), sep="\n  ")
-    return status
+Run = tuple[Task, Result]
+_BATCH = 32
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small images and few of them: under 3 minutes")
-    parser.add_argument("--only", action="append", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--weights-path", type=Path, help="weights of ResNet-18; random without")
-    parser.add_argument("--images", type=Path, help="folder of normal images; rendered without")
-    parser.add_argument("--output", type=Path, default=Path("results/speed"), help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
-    arguments = parser.parse_args()
-    for name in ("weights_path", "images"):
-        path: Path | None = getattr(arguments, name)
-        if path is not None and not path.exists():
-            parser.error(f"--{name.replace('_', '-')} must be there, but {path} is not")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    return arguments
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the measurements that are missing, and the tables of all; the exit status is 1 if one is still missing."""
+    options = parser().parse_args(arguments)
+    tasks = list(plan(options))
+    store = Store(options.output / "speed.jsonl")
+    places = {"files": {name: str(path.resolve()) for name, path in options.backbone.items()}}
+    unfinished = carry_out("speed", tasks, store, places, threads=options.threads, minutes=options.minutes)
+    report(store.finished(tasks), options)
+    return int(unfinished > 0)
 
 
-class Results:
-    """What was measured, in a file that is complete at any time; parts that are not measured anew stay.
-
-    Args:
-        path: The file.
-        parts: Those that are measured anew.
-        settings: The command line's.
-    """
-
-    def __init__(self, path: Path, parts: Sequence[str], settings: dict[str, Any]) -> None:
-        self.path = path
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        self.rows: list[Row] = [row for row in kept if row["part"] not in parts]
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-        self.content: dict[str, Any] = {"settings": plain, "environment": {}, "rows": self.rows}
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1))
-        partial.replace(self.path)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = base_parser(__doc__)
+    parser.add_argument("--backbone", action=Backbones, required=True, metavar="NAME=FILE", help="repeatable")
+    parser.add_argument("--quick", action="store_true", help="256 x 256 pixels, banks of two sizes, few images")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="of what has processes of its own; default: %(default)s")
+    return parser
 
 
-class Runner:
-    """Starts the processes.
-
-    Args:
-        work: Folder for what they leave to each other.
-        scale: How many images there are.
-        arguments: The command line's.
-    """
-
-    def __init__(self, work: Path, scale: Scale, arguments: argparse.Namespace) -> None:
-        self.work = work
-        self.threads = arguments.threads
-        self.weights = arguments.weights_path and str(arguments.weights_path.resolve())
-        self.source = arguments.images and str(arguments.images.resolve())
-        self.count = scale.images
-
-    def lay_out_images(self) -> Row:
-        """Prepare the images; gives back machine and versions."""
-        settings = {"source": self.source, "count": self.count}
-        return self._run(Measurement("", "images", "ours", "images", settings), self.work / "images")
-
-    def __call__(self, measurement: Measurement) -> Row:
-        """Make a measurement; gives back its results, or why there is none."""
-        settings = measurement.settings
-        if measurement.side == ANOMALIB and measurement.part == "growth":
-            batch_size, size = settings.get("batch_size", 1), settings["size"]
-            if (needed := needed_bytes(batch_size, size)) > available_memory():
-                alone = distance_matrix_bytes(batch_size, size) / 2**30
-                return {"not_run": f"its distance matrix alone takes {alone:.0f} GiB", "expected_bytes": needed}
-        return self._run(measurement, self._some_images(settings.get("image_count", self.count)))
-
-    def _some_images(self, count: int) -> Path:
-        every = sorted((self.work / "images").iterdir())
-        folder = self.work / f"images-{count}"
-        if not folder.exists():
-            folder.mkdir()
-            for number in range(count):
-                image = every[number * len(every) // count]
-                os.link(image, folder / f"{number:04}{image.suffix}")
-        return folder
-
-    def _run(self, measurement: Measurement, images: Path) -> Row:
-        task = {**measurement.settings, "side": measurement.side, "kind": measurement.kind, "images": str(images)}
-        task |= {"round": measurement.round, "threads": self.threads, "work": str(self.work / "runs")}
-        if task.get("backbone") == "resnet18":
-            task["weights_path"] = self.weights
-        for name in ("state", "untrained"):
-            if name in task:
-                task[name] = str(self.work / f"{task[name]}.pt")
-        task_file, result_file = self.work / "task.json", self.work / "result.json"
-        task_file.write_text(json.dumps(task))
-        result_file.unlink(missing_ok=True)
-        finished = subprocess.run(
-            [sys.executable, "-W", "ignore", MEASURE, task_file, result_file],
-            env={
-                **os.environ,
-                "ANOMALIB_CFA_REGISTER": "0" if measurement.side == ANOMALIB else "1",
-                "OMP_NUM_THREADS": str(self.threads),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if finished.returncode or not result_file.exists():
-            last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
-            return {"error": f"exit status {finished.returncode}: {last[0]}", "log": finished.stderr[-4000:]}
-        result: Row = json.loads(result_file.read_text())
-        return result
+def plan(options: argparse.Namespace) -> Iterator[Task]:
+    """What there is to measure."""
+    shared: Task = {"device": options.device, "images": 32 if options.quick else 100}
+    banks = (1024, 16384) if options.quick else (1024, 4096, 16384, 65536)
+    for backbone in options.backbone:
+        for size in (256,) if options.quick else (256, 512):
+            for what, sizes in (("build", (None,)), ("step", banks), ("image", banks)):
+                for bank in sizes:
+                    task = {"what": what, "backbone": backbone, "size": size, "bank": bank}
+                    yield {"label": f"{what}, {backbone}, {size}, {bank or 'default bank'}", **task, **shared}
+    for number in range(1 if options.quick else options.rounds):
+        rivals = {"k_means": (CFA, ANOMALIB_CFA), "fit": (CFA, ANOMALIB_CFA, PATCHCORE_1)}
+        for what, models in rivals.items():
+            for model in models if options.device == "cpu" or what == "fit" else ():
+                task = {"what": what, "model": model, "backbone": "resnet18", "size": 256, "round": number}
+                side = {"side": "anomalib"} if model == ANOMALIB_CFA else {}
+                yield {"label": f"{what}, {model}, round {number}", **task, **side, **shared}
 
 
-def run_all(measurements: Sequence[Measurement], run: Runner, results: Results) -> None:
-    """Make the measurements, one after the other, and show how far they are."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("laying out images", total=len(measurements))
-        laid_out = run.lay_out_images()
-        if "error" in laid_out:
-            sys.exit(f"No images: {laid_out['error']}\n{laid_out['log']}")
-        results.content["environment"] = laid_out
-        for one in measurements:
-            progress.update(bar, description=f"{one.part}: {one.label} ({one.side})")
-            result = run(one)
-            if "error" in result:
-                progress.console.print(f"{one.part}: {one.label} ({one.side}) failed: {result['error']}")
-            row = {"part": one.part, "label": one.label, "side": one.side, "round": one.round}
-            results.rows.append({**row, "kind": one.kind, "settings": one.settings, "result": result})
-            results.save()
-            progress.advance(bar)
+def measure(task: Task) -> Result:
+    """Make one measurement."""
+    torch.manual_seed(0)
+    return {**MEASUREMENTS[task["what"]](task), "peak_bytes": peak_memory()}
 
 
-def available_memory() -> float:
-    """Bytes that a process can still get; unlimited where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable"))
+def _model(task: Task, **options: Any) -> Any:  # noqa: ANN401 - of anomalib's
+    weights = task["files"].get(task["backbone"])
+    model = build_model({"model": CFA, **task, "weights_path": weights, "options": options})
+    if hasattr(model.model, "patch_features"):
+        model.model.patch_features.load_weights()
+    return model.eval().to(task["device"])
+
+
+def _noise(task: Task, images: int) -> torch.Tensor:
+    """Images of smooth noise: neighbouring patches resemble each other, as in real ones."""
+    coarse = torch.randn(images, 3, task["size"] // 16, task["size"] // 16)
+    smooth = torch.nn.functional.interpolate(coarse, (task["size"], task["size"]), mode="bicubic")
+    return (smooth + 0.3 * torch.randn(images, 3, task["size"], task["size"])).to(task["device"])
+
+
+def _pyramids(network: Any, task: Task) -> list[Any]:  # noqa: ANN401 - this package's
+    return [network.pyramid(_noise(task, 4)) for _ in range(task["images"] // 4)]
+
+
+@torch.inference_mode()
+def build(task: Task) -> Result:
+    """The backbone's pass over some images, and the bank of their features: built, and calibrated."""
+    network = _model(task).model
+    images = [_noise(task, 4) for _ in range(task["images"] // 4)]
+    network.pyramid(images[0])
+    began = time.perf_counter()
+    pyramids = [network.pyramid(batch) for batch in images]
+    passed = time.perf_counter()
+    network.fit(pyramids)
+    whole = time.perf_counter() - passed
+    return {"backbone_s": passed - began, "bank_s": whole, "centers": len(network.memory_bank.centers)}
+
+
+def step(task: Task) -> Result:
+    """A training step on kept features, with a bank and with one of 1,024 centres, in turn."""
+    from anomalib_cfa.loss import CfaLoss  # noqa: PLC0415 - not in the processes of anomalib's
+
+    network, loss = _model(task).model, CfaLoss()
+    pyramid = network.pyramid(_noise(task, _BATCH))
+
+    def of_bank(count: int) -> Callable[[], None]:
+        bank = copy.deepcopy(network.memory_bank)
+        bank.assign(_random_bank(network, pyramid, count))
+
+        def call() -> None:
+            network.memory_bank = bank
+            for block in network.blocks(pyramid):
+                sum(loss(network.targets(block)[0], network.radius)).backward()
+
+        return call
+
+    small, large = alternate([of_bank(1024), of_bank(task["bank"])], repeats=5, warm_up=1)
+    return {"small_s": small, "large_s": large}
+
+
+@torch.inference_mode()
+def image(task: Task) -> Result:
+    """One image and a batch of 32: the whole model and its backbone alone, in turn."""
+    network = _model(task).model
+    found = {}
+    for name, count in (("one", 1), ("batch", _BATCH)):
+        images = _noise(task, count)
+        if not network.memory_bank.is_built:
+            network.assign_bank(_random_bank(network, network.pyramid(images), task["bank"]))
+        last = images.to(memory_format=torch.channels_last)
+        calls = [lambda images=images: network(images), lambda last=last: network.patch_features.network(last)]
+        found[f"{name}_s"], found[f"{name}_backbone_s"] = alternate(calls, repeats=30 if count == 1 else 3)
+    return found
+
+
+def _random_bank(network: Any, pyramid: Any, count: int) -> torch.Tensor:  # noqa: ANN401 - this package's
+    with torch.no_grad():
+        patches = network.describe([level[:4] for level in pyramid]).flatten(0, 2)
+        chosen = patches[torch.randint(len(patches), (count,), device=patches.device)]
+        return chosen + 0.3 * chosen.std() * torch.randn_like(chosen)
+
+
+def k_means(task: Task) -> Result:
+    """K-means of 16,384 patch features of 128 channels to 4,096 centres, by this package or anomalib's."""
+    middles = torch.randn(600, 24)
+    points = (middles[torch.randint(600, (16384,))] + torch.randn(16384, 24)) @ torch.randn(24, 128) / 5
+    points += 0.1 * torch.randn_like(points)
+    if task["model"] == CFA:
+        from anomalib_cfa.bank.k_means import k_means as ours  # noqa: PLC0415 - not in anomalib's process
+
+        def cluster() -> torch.Tensor:
+            return ours(points, 4096, seed=task["round"])[0]
+    else:
+        from anomalib.models.components.cluster.kmeans import KMeans  # noqa: PLC0415 - not in this package's
+
+        def cluster() -> torch.Tensor:
+            return KMeans(4096, max_iter=3000).fit(points)[1]
+
+    began = time.perf_counter()
+    centers = cluster()
+    seconds = time.perf_counter() - began
+    nearest = torch.cat([torch.cdist(part, centers).amin(dim=1) for part in points.split(1024)])
+    return {"seconds": seconds, "inertia": float(nearest.double().square().sum())}
+
+
+def fit(task: Task) -> Result:
+    """Everything that a model does with kept images: fitted for an epoch without Lightning's loops, then one image."""
+    model = _model(task)
+    network = model.model
+    began = time.perf_counter()
+    if task["model"] == CFA:
+        network.fit(_pyramids(network, task))
+    elif task["model"] == ANOMALIB_CFA:
+        loader = [_Batch(_noise(task, 4)) for _ in range(task["images"] // 4)]
+        network.initialize_centroid(data_loader=loader)
+    else:
+        network.train()
+        for _ in range(task["images"] // 4):
+            network(_noise(task, 4))
+        network.subsample_embedding(sampling_ratio=0.01)
+    seconds = time.perf_counter() - began
+    network.eval()
+    with torch.inference_mode():
+        one = _noise(task, 1)
+        (latency,) = alternate([lambda: network(one)], repeats=20)
+    return {"seconds": seconds, "one_s": latency}
+
+
+class _Batch:
+    def __init__(self, image: torch.Tensor) -> None:
+        self.image = image
+
+
+MEASUREMENTS = {"build": build, "step": step, "image": image, "k_means": k_means, "fit": fit}
+
+
+def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Write the tables and the picture of finished measurements."""
+    if not runs:
+        return
+    sections = [_own_table(runs), _growth(runs), _rivals(runs)]
+    if points := [run for run in runs if run[0]["what"] == "image"]:
+        draw(points, options.output / "speed.png")
+        sections.append("![Time of one image behind the backbone](speed.png)")
+    notes = [
+        f"medians, and ratios of what was measured in turn; {options.threads} threads; device: {options.device}",
+        "images of smooth noise; a memory bank of patches like theirs",
+    ]
+    write_report(options.output / "speed.md", "Speed", notes, sections, [result for _, result in runs])
+
+
+def _own_table(runs: Sequence[Run]) -> str:
+    lines = []
+    for task, found in runs:
+        place = f"{task['backbone']}, {task['size']} x {task['size']}"
+        if task["what"] == "build":
+            ratio = found["bank_s"] / found["backbone_s"] * task["images"] / 300
+            what = f"{place}: building {found['centers']} centres over the backbone's pass over 300 images"
+            lines.append([what, f"{figure(found['bank_s'])} s", f"{figure(ratio)}"])
+        elif task["what"] == "step":
+            what = f"{place}: training step with {task['bank']} centres over one with 1,024"
+            lines.append([what, f"{figure(found['large_s'])} s", figure(found["large_s"] / found["small_s"])])
+        elif task["what"] == "image":
+            for name, label in (("one", "one image"), ("batch", "a batch of 32")):
+                behind, backbone = _behind(found, name), found[f"{name}_backbone_s"]
+                what = f"{place}, {task['bank']} centres: {label}, what is behind the backbone over the backbone"
+                lines.append([what, f"{figure(1e3 * found[f'{name}_s'])} ms", figure(behind / backbone)])
+    return markdown_table(["", "time", "ratio"], lines)
+
+
+def _behind(found: Result, name: str = "one") -> float:
+    return max(float(found[f"{name}_s"] - found[f"{name}_backbone_s"]), 1e-6)
+
+
+def _growth(runs: Sequence[Run]) -> str:
+    lines = []
+    for place in dict.fromkeys((task["backbone"], task["size"]) for task, _ in runs if task["what"] == "image"):
+        points = {
+            task["bank"]: _behind(found)
+            for task, found in runs
+            if task["what"] == "image" and (task["backbone"], task["size"]) == place and task["bank"] >= 16384
+        }
+        if len(points) > 1:
+            slope = linear_regression(list(map(math.log, points)), list(map(math.log, points.values()))).slope
+            lines.append([f"{place[0]}, {place[1]} x {place[1]}", f"{slope:.2f}"])
+    return (
+        markdown_table(["from 16,384 to 65,536 centres, time grows as N to the power of", ""], lines) if lines else ""
+    )
+
+
+def _rivals(runs: Sequence[Run]) -> str:
+    lines = []
+    for what, column in (("k_means", "seconds"), ("k_means", "inertia"), ("fit", "seconds"), ("fit", "one_s")):
+        own = {task["round"]: found[column] for task, found in runs if (task["what"], task.get("model")) == (what, CFA)}
+        for model in (ANOMALIB_CFA, PATCHCORE_1):
+            theirs = {
+                task["round"]: found[column]
+                for task, found in runs
+                if (task["what"], task.get("model")) == (what, model)
+            }
+            if both := sorted(own.keys() & theirs.keys()):
+                ratio = median(theirs[number] / own[number] for number in both)
+                name = f"{what.replace('_', '-')}, {column.replace('_s', ' image')}: {model} over this package"
+                values = [figure(median(side[number] for number in both)) for side in (own, theirs)]
+                lines.append([name, *values, figure(ratio)])
+    return markdown_table(["", "this package", "the other", "ratio"], lines) if lines else ""
+
+
+def draw(runs: Sequence[Run], path: Any) -> None:  # noqa: ANN401 - a path
+    """Draw how the time of one image, behind the backbone, grows with the bank."""
+    chart = Figure(figsize=(6, 4), layout="constrained")
+    axes = chart.add_subplot()
+    for place in dict.fromkeys((task["backbone"], task["size"]) for task, _ in runs):
+        points = [(task["bank"], _behind(found)) for task, found in runs if (task["backbone"], task["size"]) == place]
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{place[0]}, {place[1]} x {place[1]}")
+    axes.set(xscale="log", yscale="log", xlabel="centres", ylabel="seconds behind the backbone, one image")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    chart.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+_FLOOR = 0.5  # of the deviation of all patches: where hardly anything varies, noise must not count as much
 _PSEUDO_COUNT = 10  # patches' worth of weight given to the mean and variance of all centres
 
 
@@ -93,8 +94,11 @@ class CenterCalibration(DynamicBufferMixin):
         counts, distances, _ = sums
         mean = (distances + _PSEUDO_COUNT * distance / count) / (counts + _PSEUDO_COUNT)
         variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
+        deviation = variance.clamp(min=1e-12).sqrt()
+        if neighbors is not None:
+            deviation = deviation + _FLOOR * of_all.sqrt()
         self.mean = mean.to(self.mean.dtype)
-        self.deviation = variance.clamp(min=1e-12).sqrt().to(self.deviation.dtype)
+        self.deviation = deviation.to(self.deviation.dtype)
 
     def forward(self, distances: Tensor, indices: Tensor) -> Tensor:
         """Score patches, in deviations above what is usual around their centre.

@@ -34,8 +34,9 @@ def test_the_patches_of_neighbors_count_too():
     calibration.finish(neighbors=torch.tensor([[0, 1], [1, 1]]))
     assert calibration.mean[0] == pytest.approx(4.5, abs=0.01)
     assert calibration.mean[1] == pytest.approx(7, abs=0.02)
-    assert calibration.deviation[0] == pytest.approx(distances.std(correction=0).item(), rel=0.01)
-    assert calibration.deviation[1] == pytest.approx(2, rel=0.02)
+    of_all = distances.std(correction=0).item()
+    assert calibration.deviation[0] == pytest.approx(1.5 * of_all, rel=0.01)  # half of that of all on top
+    assert calibration.deviation[1] == pytest.approx(2 + 0.5 * of_all, rel=0.02)
 
 
 def test_a_center_of_few_patches_leans_on_all():

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from anomalib.data import Batch
-from anomalib.metrics import AUPRO, AUROC
+from anomalib.metrics import AUPRO, AUROC, Evaluator
 from torch import Tensor
+
+METRICS = {"image_RawAUROC": "image AUROC", "pixel_RawAUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO"}
+"""Those of :func:`raw_evaluator`, by the names of anomalib's test."""
 
 
 class RawAUROC(AUROC):
@@ -22,28 +25,13 @@ class RawAUROC(AUROC):
         super().update(SimpleNamespace(**in_order), *args, **kwargs)  # a batch would check the data type
 
 
-class NormalFalsePositivesAUPRO(AUPRO):
-    """AUPRO in which only normal images can give false positives.
-
-    An annotation covers what was meant to be marked; around it, and elsewhere in the same image, a surface may be
-    changed as well. What this leaves out of the usual AUPRO lies there.
-    """
-
-    def compute_pro(self, cca: Tensor, preds: Tensor) -> tuple[Tensor, Tensor]:
-        """The curve, without the unmarked pixels of defective images.
-
-        Args:
-            cca: Numbers of the marked regions, 0 beside them, of shape (B, H, W) or (B, 1, H, W).
-            preds: Anomaly maps of shape (B, H, W).
-
-        Returns:
-            The share of false positives and the regions' overlap with them.
-        """
-        cca = cca.reshape(preds.shape)
-        of_normal_image = (cca == 0).flatten(1).all(dim=1)[:, None, None]
-        counted = (cca > 0) | of_normal_image
-        curve: tuple[Tensor, Tensor] = super().compute_pro(cca[counted], preds[counted])
-        return curve
+def raw_evaluator(*, has_masks: bool) -> Evaluator:
+    """Image AUROC and, where the set has masks, pixel AUROC and AUPRO."""
+    metrics: list[Any] = [RawAUROC(["pred_score", "gt_label"], "image_")]
+    if has_masks:
+        pixels = ["anomaly_map", "gt_mask"]
+        metrics += [RawAUROC(pixels, "pixel_"), AUPRO(pixels, "pixel_")]
+    return Evaluator(test_metrics=metrics)
 
 
 def _between_0_and_1(scores: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""Which defaults should the method have? Variants of this Cfa over development sets, seeds and backbones.
+
+The labels of development sets choose the method's defaults here, over all of them, and judged with one set left out at
+a time: the variant that is best on the others is judged on the one left out. No user's test labels are ever looked at.
+Finished runs are kept in ``results/choices.jsonl``; the tables are ``choices.md`` and ``choices.csv`` beside it, the
+picture is ``choices.png``.
+
+    python benchmarks/choices.py --data SET --data SET ... --backbone resnet18=FILE [--backbone NAME=FILE] --group score
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import accuracy
+from harness import Result, Store, Task, carry_out, markdown_table, write_report
+from harness.arguments import Backbones, base_parser, folder_of_a_set
+from harness.metrics import METRICS
+from harness.models import CFA
+from harness.tables import write_csv
+from matplotlib.figure import Figure
+
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "score": {score: {"score": score} for score in ("local", "nearest", "calibrated", "softmin")},
+    "bank": {
+        "16,384 or fewer": {},
+        "1,024": {"gamma_c": 1},
+        "4,096": {"gamma_c": 0.25},
+        "mean of each position": {"bank": "mean", "gamma_c": 1},
+        "the paper's EMA": {"bank": "ema", "gamma_c": 1},
+    },
+    "training": {
+        f"lr {lr:g}, {epochs} epochs": {"lr": lr, "epochs": epochs} for lr in (1e-4, 1e-3) for epochs in (0, 1, 3, 10)
+    },
+    "start": {f"whitening {power}": {"whitening": power} for power in (0.5, None, 0, 0.25, 0.75, 1)},
+    "search": {kind: {"search": kind} for kind in ("exact", "two_level")},
+    "views": {"whole image": {}, "and its centre": {"center_view": True}},
+}
+"""Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``."""
+
+Figures = Mapping[str, Mapping[str, float]]  # by variant and set
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the runs that are missing, and the tables of all; the exit status is 1 if one is still missing."""
+    options = parser().parse_args(arguments)
+    tasks = list(plan(options))
+    store = Store(options.output / "choices.jsonl")
+    places: dict[str, Any] = {"root": {path.name: str(path.resolve()) for path in options.data}}
+    places["weights"] = {name: str(path.resolve()) for name, path in options.backbone.items()}
+    unfinished = carry_out("choices", tasks, store, places, threads=options.threads, minutes=options.minutes)
+    report(store.finished(tasks), options.output)
+    return int(unfinished > 0)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = base_parser(__doc__)
+    parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
+    parser.add_argument("--backbone", action=Backbones, required=True, metavar="NAME=FILE", help="repeatable")
+    parser.add_argument("--group", action="append", choices=list(GROUPS), help="repeatable; default: all")
+    parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--train-images", type=int, help="at most so many; default: all")
+    parser.add_argument("--test-step", type=int, default=1, help="test each n-th image only, for a quick look")
+    return parser
+
+
+def plan(options: argparse.Namespace) -> Iterator[Task]:
+    """Every run: the sets of a variant one after the other, all variants of a seed before the next."""
+    for group in options.group or GROUPS:
+        for seed in range(options.seeds):
+            for backbone in options.backbone:
+                for variant, arguments in GROUPS[group].items():
+                    for data in options.data:
+                        task = {"label": f"{group}: {variant}, {data.name}, {backbone}, seed {seed}", "model": CFA}
+                        task |= {"group": group, "variant": variant, "options": dict(arguments), "data": data.name}
+                        task |= {"seed": seed, "backbone": backbone, "size": options.size}
+                        yield task | {"train_images": options.train_images, "test_step": options.test_step}
+
+
+def measure(task: Task) -> Result:
+    """Measure the accuracy of a variant; the backbone's features are kept for all runs that share them."""
+    options = dict(task["options"])
+    epochs = options.pop("epochs", None)
+    weights = task["weights"][task["backbone"]]
+    return accuracy.measure({**task, "options": options, "epochs": epochs, "weights_path": weights})
+
+
+def report(runs: Sequence[tuple[Task, Result]], folder: Path) -> None:
+    """Write tables and picture of finished runs."""
+    if not runs:
+        return
+    columns = ("group", "variant", "data", "seed", "backbone", "size", "train_images")
+    rows = [
+        {**{name: task[name] for name in columns}, **{metric: result.get(metric) for metric in METRICS}}
+        for task, result in runs
+    ]
+    write_csv(folder / "choices.csv", rows)
+    sections = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        for backbone in dict.fromkeys(row["backbone"] for row in rows):
+            chosen = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
+            sections.append(f"## {group}, {backbone}")
+            sections += [_table(averages(chosen, metric), title) for metric, title in METRICS.items()]
+    draw(rows, folder / "choices.png")
+    sections.append("![Each variant's mean over the sets](choices.png)")
+    notes = [
+        "development data: its labels chose this package's defaults",
+        "each figure is a mean over seeds; 'left out': the variant that is best on the other sets, on the one left out",
+    ]
+    write_report(folder / "choices.md", "Choices", notes, sections, [result for _, result in runs])
+
+
+def averages(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:
+    """Means over seeds by variant and set, of those variants that have a figure for every set."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row[metric] is not None:
+            found.setdefault(row["variant"], {}).setdefault(row["data"], []).append(row[metric])
+    sets = {data for cells in found.values() for data in cells}
+    return {
+        variant: {data: mean(values) for data, values in cells.items()}
+        for variant, cells in found.items()
+        if set(cells) == sets
+    }
+
+
+def leave_one_out(figures: Figures) -> dict[str, tuple[str, float]]:
+    """For each set the variant that is best on the mean of the others, and what it has on this one."""
+    sets = list(next(iter(figures.values())))
+    if len(sets) < 2:
+        return {}
+    chosen = {}
+    for left_out in sets:
+        best = max(figures, key=lambda name: mean(figures[name][data] for data in sets if data != left_out))
+        chosen[left_out] = (best, figures[best][left_out])
+    return chosen
+
+
+def _table(figures: Figures, title: str) -> str:
+    if not figures:
+        return ""
+    sets = list(next(iter(figures.values())))
+    ranked = sorted(figures, key=lambda name: -mean(figures[name].values()))
+    lines = [
+        [name, *(f"{figures[name][data]:.3f}" for data in sets), f"{mean(figures[name].values()):.4f}"]
+        for name in ranked
+    ]
+    if chosen := leave_one_out(figures):
+        cells = [f"{value:.3f} ({name})" for name, value in chosen.values()]
+        lines.append(["left out", *cells, f"{mean(value for _, value in chosen.values()):.4f}"])
+    return markdown_table([title, *sets, "mean"], lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw each variant's mean over the sets, a panel for each group and metric."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(METRICS), 2.6 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), len(METRICS), squeeze=False)
+    for line, group in zip(panels, groups, strict=True):
+        for panel, (metric, title) in zip(line, METRICS.items(), strict=True):
+            for backbone in backbones:
+                of_group = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
+                means = {name: mean(cells.values()) for name, cells in averages(of_group, metric).items()}
+                panel.plot(list(means.values()), list(means), "o-", label=backbone)
+            panel.set(title=f"{title}, {group}")
+            panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

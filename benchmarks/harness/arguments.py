@@ -1,0 +1,47 @@
+"""The options that the benchmarks share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def base_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
+    parser.add_argument("--minutes", type=float, help="start nothing further after this time")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s")
+    return parser
+
+
+def folder_of_a_set(text: str) -> Path:
+    """A set's folder."""
+    path = Path(text)
+    for part in ("train/good", "test/good"):
+        if not (path / part).is_dir():
+            msg = f"must be a set in MVTec AD's layout, but {path} has no {part}"
+            raise argparse.ArgumentTypeError(msg)
+    return path
+
+
+def file(text: str) -> Path:
+    """A file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        msg = f"must be a file, but there is none at {path}"
+        raise argparse.ArgumentTypeError(msg)
+    return path
+
+
+class Backbones(argparse.Action):
+    """``NAME=FILE``, repeatable: backbones, and local files of their weights."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:  # noqa: ANN401, ARG002
+        """Take in one."""
+        name, separator, path = values.partition("=")
+        if not separator or not Path(path).is_file():
+            parser.error(f"--backbone must be NAME=FILE, but is {values}")
+        found = getattr(namespace, self.dest) or {}
+        setattr(namespace, self.dest, {**found, name: Path(path)})
