@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
+from anomalib_cfa.views import central_view
 from feature_cache import FeatureCache
 from held_out import datamodule, lay_out
 from judging import judge
@@ -17,7 +18,6 @@ from variants import Variant
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.demo.render import render_mvtec
-from anomalib_cfa.views import central_view
 
 SCORES = ("calibrated", "nearest", "softmin")
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from anomalib.data import Folder, ImageBatch
 from anomalib.metrics import AUPRO
+from anomalib_cfa.views import average_views, central_view
 from metrics import RawAUROC
 from torch import Tensor
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, softmin_scores
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.views import average_views, central_view
 
 Scoring = tuple[str, float]
 _PIXELS = 128  # a side of the maps that are judged: larger ones are thinned out, for the time that it saves
