@@ -1,41 +1,42 @@
-"""The versions of other packages that this one is tested with.
+"""The versions of other packages that this one is tested with, checked at import.
 
-``pyproject.toml`` states the same ranges to pip. They are checked again at import, since pip is not the only way by
-which a package comes or changes, and an unsuitable version would otherwise show as an error from somewhere deep inside.
+The package's own metadata says them, as ``pyproject.toml`` told pip. Pip is not the only way by which a package comes
+or changes, and an unsuitable version would otherwise show as an error from somewhere deep inside.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
-from packaging.specifiers import SpecifierSet
+from packaging.requirements import Requirement
 
-SUPPORTED = {
-    "anomalib": ">=2.7,<2.8",
-    "torch": ">=2.10,<3",
-    "lightning": ">=2.6,!=2.6.2,!=2.6.3,<2.7",
-    "timm": ">=1.0.31,<2",
-    "faiss-cpu": ">=1.12,<2",
-}
-"""Distribution name to the range that is supported, as pip writes it."""
+
+def supported_versions() -> dict[str, Requirement]:
+    """The packages that this one needs, without those of its extras, by their distributions' names."""
+    wanted = map(Requirement, requires("anomalib-cfa") or ())
+    return {requirement.name: requirement for requirement in wanted if _is_needed(requirement)}
+
+
+def _is_needed(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def check_versions() -> None:
-    """Check that every package in :data:`SUPPORTED` is installed in a version within its range.
+    """Check that every package that this one needs is installed in a version within its range.
 
     Pre-releases and local builds (``2.12.0+cpu``) count by their version number.
 
     Raises:
         ImportError: A package is missing or outside its range. The message names all that are.
     """
-    if problems := [problem for name, range_ in SUPPORTED.items() if (problem := _problem(name, range_))]:
+    if problems := [problem for wanted in supported_versions().values() if (problem := _problem(wanted))]:
         msg = f"anomalib-cfa supports {'; '.join(problems)}. Install matching versions with `pip install anomalib-cfa`."
         raise ImportError(msg)
 
 
-def _problem(name: str, range_: str) -> str | None:
+def _problem(wanted: Requirement) -> str | None:
     try:
-        found = version(name)
+        found = version(wanted.name)
     except PackageNotFoundError:
-        return f"{name}{range_}, but {name} is not installed"
-    if SpecifierSet(range_).contains(found, prereleases=True):
+        return f"{wanted.name}{wanted.specifier}, but {wanted.name} is not installed"
+    if wanted.specifier.contains(found, prereleases=True):
         return None
-    return f"{name}{range_}, but found {name} {found}"
+    return f"{wanted.name}{wanted.specifier}, but found {wanted.name} {found}"

@@ -1,67 +1,143 @@
-"""Checks of the model's hyper-parameters, in one place, before any work starts."""
+"""Checks of the model's arguments, in one place, before any work starts."""
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from anomalib.metrics import Evaluator
+from anomalib.visualization import Visualizer
+from torch import nn
 
 from anomalib_cfa.bank import BANK_BUILDERS, SEARCH_KINDS
 
 SCORES = ("local", "nearest", "softmin", "calibrated")
+
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must be, in words, and whether one is that."""
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_positive_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    return len(sides) == 2 and all(_is_integer(side, 1) for side in sides)
+
+
+def _are_different_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value)) and 0 < len(value) == len(set(value))
+
+
+def _integer(least: int) -> Rule:
+    return f"an integer of at least {least}", lambda value: _is_integer(value, least)
+
+
+def _choice(values: Sequence[str]) -> Rule:
+    return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
+
+
+def _component(name: str, kind: type) -> Rule:
+    return f"True, False or {name}", lambda value: isinstance(value, bool | kind)
+
+
+_POSITIVE: Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_NOT_NEGATIVE: Rule = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+_FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
+_SIZE: Rule = (
+    "None, a positive integer or a pair of them (height, width)",
+    lambda value: value is None or _is_size(value),
+)
+
+RULES: dict[str, Rule] = {
+    "backbone": ("the name of a timm model", _is_text),
     "gamma_c": ("None or a number above 0", lambda value: value is None or (_is_number(value) and value > 0)),
-    "gamma_d": ("an integer of at least 1", _is_positive_integer),
-    "num_nearest_neighbors": ("an integer of at least 1", _is_positive_integer),
-    "num_hard_negative_features": (
-        "an integer of at least 0",
-        lambda value: (value == 0 and not isinstance(value, bool | float)) or _is_positive_integer(value),
+    "gamma_d": _integer(1),
+    "num_nearest_neighbors": _integer(1),
+    "num_hard_negative_features": _integer(0),
+    "radius": _NOT_NEGATIVE,
+    "pre_processor": _component("a torch module such as anomalib's PreProcessor", nn.Module),
+    "post_processor": _component("a torch module such as anomalib's PostProcessor", nn.Module),
+    "evaluator": _component("anomalib's Evaluator", Evaluator),
+    "visualizer": _component("anomalib's Visualizer", Visualizer),
+    "layers": (
+        "None or a list of different names of layers",
+        lambda value: value is None or _are_different_names(value),
     ),
-    "radius": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
-    "alpha": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
-    "bank": (f"one of {', '.join(map(repr, BANK_BUILDERS))}", lambda value: value in BANK_BUILDERS),
+    "pre_trained": _FLAG,
+    "weights_path": (
+        "None or the path of a file",
+        lambda value: value is None or isinstance(value, Path) or _is_text(value),
+    ),
+    "bank": _choice(tuple(BANK_BUILDERS)),
     "whitening": (
         "None or a number from 0 to 1",
         lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
     ),
-    "score": ("one of " + ", ".join(map(repr, SCORES)), lambda value: value in SCORES),
-    "search": (f"one of {', '.join(map(repr, SEARCH_KINDS))}", lambda value: value in SEARCH_KINDS),
-    "sigma": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "pre_trained": ("True or False", lambda value: isinstance(value, bool)),
-    "learn_radius": ("True or False", lambda value: isinstance(value, bool)),
-    "center_view": ("True or False", lambda value: isinstance(value, bool)),
-    "lr": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "weight_decay": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "learn_radius": _FLAG,
+    "alpha": _NOT_NEGATIVE,
+    "search": _choice(tuple(SEARCH_KINDS)),
+    "lr": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "score": _choice(SCORES),
+    "sigma": _POSITIVE,
+    "center_view": _FLAG,
     "seed": (  # FAISS takes no larger one
         "an integer of at least 0 and below 2^31",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31,
+        lambda value: _is_integer(value, 0) and value < 2**31,
     ),
+    "image_size": _SIZE,
+    "center_crop_size": _SIZE,
     "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
 }
 
 
 def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
-    """Check hyper-parameters given by name.
+    """Check arguments given by name.
 
     Raises:
-        ValueError: Naming the first that is out of its range, what it must be, and what it was.
+        ValueError: Naming the first that is out of its range or contradicts another, what it must be, and what it was.
     """
     for name, value in hyperparameters.items():
-        requirement, holds = _RULES[name]
+        requirement, holds = RULES[name]
         if not holds(value):
             msg = f"{name} must be {requirement}, but is {value!r}"
             raise ValueError(msg)
-    gamma_c, bank = hyperparameters.get("gamma_c", 1), hyperparameters.get("bank", "kmeans")
+    gamma_c, bank = hyperparameters.get("gamma_c"), hyperparameters.get("bank", "kmeans")
     if gamma_c is not None and gamma_c < 1 and bank != "kmeans":
         msg = f"gamma_c must be at least 1 where bank is {bank!r}, which makes no more centres than T, but is {gamma_c}"
+        raise ValueError(msg)
+    if hyperparameters.get("pre_processor", True) is not True:
+        for name in ("image_size", "center_crop_size"):
+            if hyperparameters.get(name) is not None:
+                msg = (
+                    "image_size and center_crop_size must not be given beside a pre_processor, which has its own "
+                    f"sizes, but {name} is {hyperparameters[name]!r}"
+                )
+                raise ValueError(msg)
+
+
+def check_width(channels: int, gamma_d: int) -> None:
+    """Check that a patch descriptor has at least one channel.
+
+    Args:
+        channels: Those of the chosen layers together.
+        gamma_d: What they are divided by.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    if gamma_d > channels:
+        msg = f"gamma_d must be at most {channels}, the number of channels of the chosen layers, but is {gamma_d}"
         raise ValueError(msg)
 
 
@@ -82,4 +158,4 @@ def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_
 
 def plain_list(values: Any) -> Any:  # noqa: ANN401
     """A plain list of what may be a tuple or OmegaConf's list, which no checkpoint may hold; all else as it is."""
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else values
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else values

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from anomalib.metrics import AUPRO, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -21,15 +22,19 @@ from torch import Tensor
 
 from anomalib_cfa import pre_processing
 from anomalib_cfa.export import CfaExport
-from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
+from anomalib_cfa.features.backbones import find_backbone
+from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
 from anomalib_cfa.loss import CfaLoss
+from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training.checkpoints import check_checkpoint, drop_old_tensors
+from anomalib_cfa.training.checks import check_trainer, warn_without_threshold
 from anomalib_cfa.training.features import TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
 from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.training.restoring import CfaCheckpoints
+from anomalib_cfa.training.saved_arguments import given_arguments
 from anomalib_cfa.training.whole_files import write_whole_files
 
 logger = logging.getLogger(__name__)
@@ -37,7 +42,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 1
 
 
-class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib's own mixin
+class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # as with anomalib's own mixin
     """CFA: Coupled-hypersphere-based Feature Adaptation (Lee, Lee, Song, IEEE Access 2022, arXiv 2206.04325).
 
     Anomalib's own arguments of the same name mean the same.
@@ -52,7 +57,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
         num_hard_negative_features: J, the centres behind them that repel it.
         radius: The hyperspheres' radius r, where it starts if it is learned.
         pre_processor: Anomalib's, or True for a resize to ``image_size``, a crop to ``center_crop_size``, and
-            ImageNet's normalization.
+            the normalization that the backbone's weights were trained with.
         post_processor: Anomalib's, or True for its default.
         evaluator: Anomalib's, or True for :meth:`configure_evaluator`.
         visualizer: Anomalib's, or True for its default.
@@ -125,77 +130,52 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
     ) -> None:
         whitening = from_old_names(**old_names).get("whitening", whitening)
         search = current_search(search)
-        old_names.clear()  # Lightning saves these locals as hyper-parameters
-        check_hyperparameters(
-            gamma_c=gamma_c,
-            gamma_d=gamma_d,
-            num_nearest_neighbors=num_nearest_neighbors,
-            num_hard_negative_features=num_hard_negative_features,
-            radius=radius,
-            pre_trained=pre_trained,
-            learn_radius=learn_radius,
-            bank=bank,
-            whitening=whitening,
-            score=score,
-            alpha=alpha,
-            search=search,
-            lr=lr,
-            weight_decay=weight_decay,
-            sigma=sigma,
-            center_view=center_view,
-            seed=seed,
-            feature_budget=feature_budget,
-        )
         # Lightning saves these locals as hyper-parameters, and a checkpoint may hold plain data only.
-        layers = plain_list(layers)
+        old_names.clear()
+        layers, image_size, center_crop_size = map(plain_list, (layers, image_size, center_crop_size))
+        check_hyperparameters(**{name: value for name, value in locals().items() if name in RULES})
         weights_path = None if weights_path is None else str(weights_path)
-        image_size, center_crop_size = plain_list(image_size), plain_list(center_crop_size)
+        given_pre_processor = pre_processor
         if pre_processor is True:
-            pre_processor = self.configure_pre_processor(image_size, center_crop_size)
-        elif image_size is not None or center_crop_size is not None:
-            msg = "image_size and center_crop_size must not be given beside a pre_processor, which has its own sizes"
-            raise ValueError(msg)
+            pre_processor = self.configure_pre_processor(image_size, center_crop_size, backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         pre_processing.make_exportable(self.pre_processor)
-        self.model: CfaModel = CfaModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            weights_path=weights_path,
-            image_size=self.input_size,
-            gamma_c=gamma_c,
-            gamma_d=gamma_d,
-            num_nearest_neighbors=num_nearest_neighbors,
-            num_hard_negative_features=num_hard_negative_features,
-            radius=radius,
-            learn_radius=learn_radius,
-            bank=bank,
-            whitening=whitening,
-            search=search,
-            score=score,
-            sigma=sigma,
-            center_view=center_view,
-            seed=seed,
-        )
-        self.loss = CfaLoss(num_nearest_neighbors, num_hard_negative_features, alpha)
+        self._given = given_arguments({**self.hparams, "pre_processor": given_pre_processor}, Cfa)
+        if given_pre_processor is not True:
+            pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
+        self._build()
         self._features: TrainingFeatures | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
 
+    def _build(self) -> None:
+        """Build the network and the loss from the hyper-parameters."""
+        arguments = {name: self.hparams[name] for name in signature(CfaModel).parameters} | {
+            "image_size": self.input_size
+        }
+        self.model: CfaModel = CfaModel(**arguments)
+        self.loss = CfaLoss(**{name: self.hparams[name] for name in signature(CfaLoss).parameters})
+
     @staticmethod
     def configure_pre_processor(
-        image_size: Sequence[int] | int | None = None, center_crop_size: Sequence[int] | int | None = None
+        image_size: Sequence[int] | int | None = None,
+        center_crop_size: Sequence[int] | int | None = None,
+        backbone: str | None = None,
     ) -> PreProcessor:
-        """A resize, a centre crop if wanted, and ImageNet's normalization.
+        """A resize, a centre crop if wanted, and the normalization that the backbone was trained with.
 
         Args:
             image_size: Height and width to resize to. Defaults to 256 x 256, the paper's.
             center_crop_size: Height and width to crop to after that; the paper's is 224 x 224.
+            backbone: The backbone. Default: one that takes ImageNet's mean and standard deviation, as most do.
 
         Raises:
-            ValueError: If a size is not positive, or the crop is larger than the image.
+            ValueError: If a size is not positive, the crop is larger than the image, or there is no such backbone.
         """
-        return pre_processing.configure_pre_processor(256 if image_size is None else image_size, center_crop_size)
+        found = None if backbone is None else find_backbone(backbone)
+        statistics = {} if found is None else {"mean": found.mean, "std": found.std}
+        size = 256 if image_size is None else image_size
+        return pre_processing.configure_pre_processor(size, center_crop_size, **statistics)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -241,6 +221,7 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
 
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
+        check_trainer(self.trainer)
         if stage == TrainerFn.FITTING:
             seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
             self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
@@ -341,9 +322,10 @@ class Cfa(CfaExport, AnomalibModule):  # type: ignore[misc]  # as with anomalib'
             amsgrad=True,
         )
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint, and restore what anomalib saves of its components."""
-        drop_old_tensors(checkpoint)
-        check_checkpoint(checkpoint, self.hparams)
-        super().on_load_checkpoint(checkpoint)
-        pre_processing.make_exportable(self.pre_processor)
+    def on_test_start(self) -> None:
+        """Warn where labels would mean nothing."""
+        warn_without_threshold(self.post_processor)
+
+    def on_predict_start(self) -> None:
+        """Warn where labels would mean nothing."""
+        warn_without_threshold(self.post_processor)

@@ -3,7 +3,10 @@
 import warnings
 from typing import Any
 
-_SEARCHES = ("ivf", "hnsw")
+from anomalib_cfa.loss import NU
+
+OLD_NAMES = ("descriptor_start", "nu", "beta")
+_SEARCHES = {"ivf": "two_level", "hnsw": "two_level"}
 
 
 def from_old_names(
@@ -18,22 +21,31 @@ def from_old_names(
 
     Returns:
         Today's arguments.
+
+    Raises:
+        ValueError: If ``descriptor_start`` is neither.
     """
     if descriptor_start is not None:
-        _warn("descriptor_start is part of whitening now, a number for a whitened start and None for a random one")
-    if nu is not None:
-        _warn(f"nu is not heeded, it is 0.001 as in the authors' code, but {nu!r} was given")
+        _warn(
+            "descriptor_start is part of whitening now, a number for a whitened start and None for a random one, "
+            f"but {descriptor_start!r} was given: leave it out"
+        )
+    if nu not in (None, NU):
+        _warn(f"nu is always {NU} now, as in the authors' code, but {nu!r} was given: leave it out")
     if beta is not None:
-        _warn(f"beta is not heeded, it is 1 / i, for which all images count alike, but {beta!r} was given")
+        _warn(f"beta is always 1 / i now, for which all images count alike, but {beta!r} was given: leave it out")
+    if descriptor_start not in (None, "whitened", "random"):
+        msg = f"descriptor_start must be 'whitened' or 'random', but is {descriptor_start!r}"
+        raise ValueError(msg)
     return {"whitening": None} if descriptor_start == "random" else {}
 
 
 def current_search(search: str) -> str:
     """The kind of search that took the place of one of 0.1.0's, with a warning."""
-    if search not in _SEARCHES:
+    if not isinstance(search, str) or search not in _SEARCHES:
         return search
-    _warn(f"search must be 'two_level' or 'exact' now, but is {search!r}: 'two_level' is taken")
-    return "two_level"
+    _warn(f"search {search!r} is called {_SEARCHES[search]!r} now")
+    return _SEARCHES[search]
 
 
 def _warn(text: str) -> None:

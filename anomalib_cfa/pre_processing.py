@@ -1,19 +1,23 @@
 """Images as they come -> images as the backbone sees them."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.pre_processing import PreProcessor
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms import v2
 
+from anomalib_cfa.features.backbones import Backbone
 from anomalib_cfa.resize import ExportableResize
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+logger = logging.getLogger(__name__)
+
+_SAME = 2e-3  # statistics are published with three digits
 
 
 class SizedCenterCrop(ExportableCenterCrop):
@@ -74,12 +78,16 @@ def make_exportable(pre_processor: nn.Module | None) -> None:
 def configure_pre_processor(
     image_size: int | Sequence[int] = (256, 256),
     center_crop_size: int | Sequence[int] | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> PreProcessor:
-    """A pre-processor that resizes, crops the centre if asked to, and normalizes with ImageNet's statistics.
+    """A pre-processor that resizes, crops the centre if asked to, and normalizes.
 
     Args:
         image_size: Height and width to resize to, in pixels, or one integer for both.
         center_crop_size: Height and width of the centre crop, or one integer for both. Default: no crop.
+        mean: What is subtracted from each channel of an image in [0, 1]. Default: ImageNet's.
+        std: What each channel is divided by after that. Default: ImageNet's.
 
     Returns:
         The pre-processor, made exportable.
@@ -95,10 +103,33 @@ def configure_pre_processor(
             msg = f"center_crop_size must fit into image_size, but is {center_crop_size!r} for {image_size!r}"
             raise ValueError(msg)
         transforms.append(v2.CenterCrop((crop_height, crop_width)))
-    transforms.append(v2.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    transforms.append(v2.Normalize(mean=list(mean), std=list(std)))
     pre_processor = PreProcessor(v2.Compose(transforms))
     make_exportable(pre_processor)
     return pre_processor
+
+
+def warn_of_other_statistics(pre_processor: nn.Module | None, backbone: Backbone) -> None:
+    """Warn if a pre-processor normalizes images otherwise than the backbone's weights were trained with.
+
+    Args:
+        pre_processor: The user's own.
+        backbone: The backbone that reads its images.
+    """
+    transform = getattr(pre_processor, "transform", None)
+    parts = transform.modules() if isinstance(transform, nn.Module) else ()
+    for part in parts:
+        if isinstance(part, v2.Normalize) and not _agree(part, backbone):
+            logger.warning(
+                "The pre_processor normalizes with mean %s and std %s, but the weights of %s were trained with "
+                "%s and %s",
+                *(list(part.mean), list(part.std), backbone.name, list(backbone.mean), list(backbone.std)),
+            )
+
+
+def _agree(normalize: v2.Normalize, backbone: Backbone) -> bool:
+    ours, theirs = (*normalize.mean, *normalize.std), (*backbone.mean, *backbone.std)
+    return len(ours) == len(theirs) and all(abs(a - b) < _SAME for a, b in zip(ours, theirs, strict=True))
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -131,7 +162,7 @@ _DETERMINISTIC_TRANSFORMS = frozenset(
 )
 
 
-def is_deterministic(transform: v2.Transform | None) -> str | None:
+def find_random_part(transform: v2.Transform | None) -> str | None:
     """Name the first part of a transform that is not known to give the same image each time.
 
     Known are torchvision's and anomalib's own deterministic transforms and ``Compose`` of them, by their exact types: a
@@ -144,11 +175,11 @@ def is_deterministic(transform: v2.Transform | None) -> str | None:
         The class name of the first part that is not known, or None if all are.
 
     Example:
-        >>> is_deterministic(v2.Compose([v2.Resize(64), v2.RandomRotation(90)]))
+        >>> find_random_part(v2.Compose([v2.Resize(64), v2.RandomRotation(90)]))
         'RandomRotation'
     """
     if transform is None or type(transform) in _DETERMINISTIC_TRANSFORMS:
         return None
     if type(transform) is v2.Compose:
-        return next(filter(None, map(is_deterministic, transform.transforms)), None)
+        return next(filter(None, map(find_random_part, transform.transforms)), None)
     return type(transform).__name__

@@ -13,7 +13,7 @@ from anomalib_cfa.anomaly_map import AnomalyMapGenerator, average_views, central
 from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank, held_out_patches
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
-from anomalib_cfa.hyperparameters import check_neighbors
+from anomalib_cfa.hyperparameters import check_neighbors, check_width
 from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.whitening import PatchStatistics
 
@@ -71,8 +71,9 @@ class CfaModel(nn.Module):
         self.seed = seed
 
         self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size, seed)
-        width = self.patch_features.width_multiplier * sum(self.patch_features.channels) // gamma_d
-        self.descriptor = PatchDescriptor(self.patch_features.channels, width, seed)
+        channels = self.patch_features.width_multiplier * sum(self.patch_features.channels)
+        check_width(channels, gamma_d)
+        self.descriptor = PatchDescriptor(self.patch_features.channels, channels // gamma_d, seed)
         self.memory_bank = MemoryBank(search)
         self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)

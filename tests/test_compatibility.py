@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from anomalib_cfa import compatibility
-from anomalib_cfa.compatibility import SUPPORTED, check_versions
+from anomalib_cfa.compatibility import check_versions, supported_versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,11 +25,9 @@ def project() -> dict[str, Any]:
     return tomllib.loads(path.read_text())["project"]
 
 
-def test_pip_is_told_the_same_ranges(project: dict[str, Any]) -> None:
+def test_the_installed_metadata_has_the_ranges_of_the_project(project: dict[str, Any]) -> None:
     required = {requirement.name: requirement.specifier for requirement in map(Requirement, project["dependencies"])}
-    assert {name: required[name] for name in SUPPORTED} == {
-        name: Requirement(f"{name}{range_}").specifier for name, range_ in SUPPORTED.items()
-    }
+    assert {name: wanted.specifier for name, wanted in supported_versions().items()} == required
 
 
 def constrained(name: str) -> dict[str, Version]:
@@ -53,7 +51,9 @@ def test_others_find_the_types() -> None:
 def test_the_extras_mirror_those_of_anomalib(project: dict[str, Any]) -> None:
     for_its_own_development = {"dev", "docs", "test"}
     theirs = set(metadata.metadata("anomalib").get_all("Provides-Extra")) - for_its_own_development
-    ours = {extra: wanted for extra, wanted in project["optional-dependencies"].items() if extra != "test"}
+    ours = {
+        extra: wanted for extra, wanted in project["optional-dependencies"].items() if extra not in {"demo", "test"}
+    }
     assert ours == {extra: [f"anomalib[{extra}]"] for extra in theirs}
 
 
@@ -63,13 +63,13 @@ def test_the_installed_versions_are_supported() -> None:
 
 def test_a_version_outside_its_range_is_named_with_range_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "version", lambda name: "0.1" if name == "timm" else metadata.version(name))
-    message = f"timm{SUPPORTED['timm']}, but found timm 0.1"
+    message = f"timm{supported_versions()['timm'].specifier}, but found timm 0.1"
     with pytest.raises(ImportError, match=re.escape(message)):
         check_versions()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "SUPPORTED", {"not-there": ">=1"})
+    monkeypatch.setattr(compatibility, "requires", lambda name: ["not-there>=1"])
     with pytest.raises(ImportError, match="not-there>=1, but not-there is not installed"):
         check_versions()
 

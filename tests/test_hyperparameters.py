@@ -1,12 +1,25 @@
+import inspect
 import math
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_cfa.hyperparameters import check_hyperparameters, check_neighbors
+from anomalib_cfa import Cfa
+from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, check_neighbors, check_width
 
 RIGHT = {
+    "backbone": ["resnet18", "resnet18.tv_in1k"],
+    "layers": [None, ["layer2"], ("layer1", "layer2")],
+    "weights_path": [None, "weights.pth", Path("weights.pth")],
+    "pre_processor": [True, False, torch.nn.Identity()],
+    "post_processor": [True, False, torch.nn.Identity()],
+    "evaluator": [True, False, Cfa.configure_evaluator()],
+    "visualizer": [True, False],
+    "image_size": [None, 64, [64, 96], (1, 1)],
+    "center_crop_size": [None, 1, [64, 96]],
     "gamma_c": [None, 1, 4, 2.5, 0.25],
     "gamma_d": [1, 2],
     "num_nearest_neighbors": [1, 3],
@@ -27,6 +40,15 @@ RIGHT = {
     "feature_budget": [0, 1.5],
 }
 WRONG = {
+    "backbone": ["", None, 18],
+    "layers": [[], "layer2", ["layer2", "layer2"], [2]],
+    "weights_path": ["", 1, True],
+    "pre_processor": [None, 1, "yes"],
+    "post_processor": [None, 0],
+    "evaluator": [None, torch.nn.Identity()],
+    "visualizer": [None, "image"],
+    "image_size": [0, -1, 64.0, True, [64], [64, 64, 3], "64", [64, 0]],
+    "center_crop_size": [0, [64], [64.0, 64], False],
     "gamma_c": [0, -1, float("nan"), "2", True],
     "gamma_d": [0, -1, 1.5],
     "num_nearest_neighbors": [0, -3, 2.0],
@@ -54,9 +76,17 @@ def test_values_within_range_pass(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_values_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} must be .*, but is {value!r}".replace("(", r"\(")):
-        check_hyperparameters(**{name: value})
+def test_the_constructor_names_values_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be ") as raised:
+        Cfa(**{"backbone": "test_resnet.r160_in1k", "pre_trained": False, name: value})
+    assert str(raised.value).endswith(f", but is {value!r}")
+
+
+def test_every_argument_of_the_constructor_has_a_rule_and_cases():
+    arguments = inspect.signature(Cfa).parameters
+    named = {name for name, argument in arguments.items() if argument.kind is not argument.VAR_KEYWORD}
+    assert set(RULES) == set(RIGHT) == set(WRONG) == named
+    check_hyperparameters(**{name: arguments[name].default for name in named})
 
 
 @given(
@@ -64,7 +94,7 @@ def test_values_out_of_range_are_named(name, value):
     value=st.one_of(st.text(), st.binary(), st.lists(st.integers()), st.complex_numbers()),
 )
 def test_values_of_any_type_are_accepted_or_named(name, value):
-    if value in RIGHT[name]:
+    if RULES[name][1](value):
         return
     with pytest.raises(ValueError, match=f"^{name} must be"):
         check_hyperparameters(**{name: value})
@@ -80,3 +110,17 @@ def test_a_bank_smaller_than_its_targets_is_refused():
     check_neighbors(6, 3, 3)
     with pytest.raises(ValueError, match="at most the memory bank's size of 5 centres, but is 3 \\+ 3"):
         check_neighbors(5, 3, 3)
+
+
+def test_a_descriptor_without_channels_is_refused():
+    check_width(384, 384)
+    with pytest.raises(ValueError, match=r"gamma_d must be at most 384, .* but is 385"):
+        check_width(384, 385)
+    with pytest.raises(ValueError, match=r"^gamma_d must be at most"):
+        Cfa("test_resnet.r160_in1k", pre_trained=False, gamma_d=10**6)
+
+
+@pytest.mark.parametrize("name", ["image_size", "center_crop_size"])
+def test_sizes_beside_a_pre_processor_are_refused(name):
+    with pytest.raises(ValueError, match=f"must not be given beside a pre_processor.*{name} is 64"):
+        check_hyperparameters(pre_processor=False, **{name: 64})

@@ -218,7 +218,7 @@ def test_a_changed_pre_processor_is_noticed(rendered_mvtec, tmp_path, caplog):
     class Change(Callback):
         def on_train_epoch_start(self, trainer, model):
             if trainer.current_epoch == 1:
-                model.pre_processor.transform = v2.Compose([v2.Resize((64, 64)), v2.Normalize([0.5] * 3, [0.5] * 3)])
+                model.pre_processor.transform = v2.Compose([v2.Resize((64, 64)), v2.Normalize([0.4] * 3, [0.5] * 3)])
 
     with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
         engine(tmp_path, epochs=2, callbacks=[Change()]).fit(tiny(), datamodule=mvtec(rendered_mvtec))

@@ -4,6 +4,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.pre_processing import PreProcessor
@@ -11,10 +12,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms import v2
 
+from anomalib_cfa import Cfa
 from anomalib_cfa.pre_processing import (
     configure_pre_processor,
     exportable_transform,
-    is_deterministic,
+    find_random_part,
     make_exportable,
 )
 from anomalib_cfa.resize import ExportableResize
@@ -147,4 +149,29 @@ def test_configure_refuses_a_crop_larger_than_the_image(crop: Any) -> None:
     ],
 )
 def test_first_transform_not_known_to_be_deterministic_is_named(transform: v2.Transform | None, unknown: str) -> None:
-    assert is_deterministic(transform) == unknown
+    assert find_random_part(transform) == unknown
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0.in1k", "test_resnet.r160_in1k"])
+def test_images_are_normalized_as_the_backbones_weights_were_trained(name: str) -> None:
+    config = timm.get_pretrained_cfg("resnet18.tv_in1k" if name == "resnet18" else name)
+    images = torch.rand(1, 3, 64, 64)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    model = Cfa(name, pre_trained=False, image_size=64)
+    for transform in (model.pre_processor.transform, model.pre_processor):
+        torch.testing.assert_close(transform(images), (images - mean) / std)
+
+
+def test_a_users_own_normalization_is_left_alone_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    own = PreProcessor(v2.Compose([v2.Resize((64, 64)), v2.Normalize([0.3] * 3, [0.2] * 3)]))
+    model = Cfa("test_resnet.r160_in1k", pre_trained=False, pre_processor=own)
+    assert model.pre_processor is own
+    assert "mean [0.3, 0.3, 0.3] and std [0.2, 0.2, 0.2]" in caplog.text
+    assert "were trained with [0.5, 0.5, 0.5]" in caplog.text
+    caplog.clear()
+    Cfa(
+        "test_resnet.r160_in1k",
+        pre_trained=False,
+        pre_processor=configure_pre_processor(64, None, [0.5] * 3, [0.5] * 3),
+    )
+    assert "were trained with" not in caplog.text

@@ -1,9 +1,10 @@
 """Backbones by name, with the weights and layers of the authors' code where there are any."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # The weights of the authors' code, under anomalib's names. No timm tag is known to equal the authors' EfficientNet-B5
 # file, `efficientnet-b5-b6417697`, the AutoAugment weights that were converted from TensorFlow. Nearest to it is timm's
@@ -33,6 +34,8 @@ class Backbone:
         layers: The layers that the authors read; None where :func:`default_layers` chooses them.
         divide_by_channels: Whether each level is divided by its number of channels.
         width_multiplier: What the descriptor's width is multiplied with.
+        mean: What the weights were trained to have subtracted from an image's channels, in [0, 1].
+        std: What they were trained to have them divided by after that.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Backbone:
     layers: tuple[str, ...] | None = None
     divide_by_channels: bool = False
     width_multiplier: int = 1
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
 
 def find_backbone(name: str) -> Backbone:
@@ -66,13 +71,11 @@ def find_backbone(name: str) -> Backbone:
 
     if "." not in full_name and config.tag:
         full_name = f"{full_name}.{config.tag}"
-    has_weights = bool(config.has_weights)
+    found = Backbone(full_name, bool(config.has_weights), mean=tuple(config.mean), std=tuple(config.std))
     match architecture:
         case "vgg19_bn":
-            return Backbone(full_name, has_weights, _VGG19_LAYERS)
+            return replace(found, layers=_VGG19_LAYERS)
         case "efficientnet_b5" | "tf_efficientnet_b5":
-            return Backbone(
-                full_name, has_weights, _EFFICIENTNET_B5_LAYERS, divide_by_channels=True, width_multiplier=2
-            )
+            return replace(found, layers=_EFFICIENTNET_B5_LAYERS, divide_by_channels=True, width_multiplier=2)
         case _:
-            return Backbone(full_name, has_weights)
+            return found

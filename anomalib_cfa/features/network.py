@@ -11,7 +11,7 @@ from timm.models import VGG, EfficientNet, FeatureInfo, ResNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from anomalib_cfa.features.same_padding import make_exportable
+from anomalib_cfa.features.same_padding import replace_same_padding
 
 
 def build_network(
@@ -43,15 +43,15 @@ def build_network(
     available = [entry["module"] for entry in info]
     if layers is None:
         indices = default_layers([entry["reduction"] for entry in info])
-        return make_exportable(_create(name, image_size, features_only=True, out_indices=indices, **options))
+        return replace_same_padding(_create(name, image_size, features_only=True, out_indices=indices, **options))
     if set(layers) <= set(available):
         indices = sorted(available.index(layer) for layer in layers)
-        return make_exportable(_create(name, image_size, features_only=True, out_indices=indices, **options))
+        return replace_same_padding(_create(name, image_size, features_only=True, out_indices=indices, **options))
     if isinstance(model, ResNet | VGG | EfficientNet):
         steps = _steps(model)
         available = list(dict.fromkeys([*available, *steps[: _last_inside(steps, available[-1]) + 1]]))
         if set(layers) <= set(available):
-            return StepwiseFeatures(make_exportable(_create(name, image_size, num_classes=0, **options)), layers)
+            return StepwiseFeatures(replace_same_padding(_create(name, image_size, num_classes=0, **options)), layers)
     unknown = [layer for layer in layers if layer not in available]
     msg = f"layers must be among those of {name!r}, but {unknown} are not; available: {', '.join(available)}"
     raise ValueError(msg)

@@ -22,7 +22,7 @@ class ExportableConv2dSame(Conv2dSame):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-def make_exportable(network: nn.Module) -> nn.Module:
+def replace_same_padding(network: nn.Module) -> nn.Module:
     """Give the network's "same" convolutions the exportable form, where there is one; they keep their weights."""
     for module in network.modules():
         if type(module) is not Conv2dSame or module.stride != (2, 2) or module.dilation != (1, 1):

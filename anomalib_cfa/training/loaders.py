@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
-from anomalib_cfa.pre_processing import is_deterministic
+from anomalib_cfa.pre_processing import find_random_part
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedDataset
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _may_differ(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str
     if pre_processor is not None and type(pre_processor) is not PreProcessor:
         return f"{type(pre_processor).__name__} is not anomalib's PreProcessor"
     for transform in (dataset.augmentations, pre_processor.transform if pre_processor is not None else None):
-        if (unknown := is_deterministic(transform)) is not None:
+        if (unknown := find_random_part(transform)) is not None:
             return f"{unknown} is not known to treat an image alike each time"
     return None
 

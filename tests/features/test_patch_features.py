@@ -20,7 +20,7 @@ from anomalib_cfa.features import weights as backbone_weights
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.features.network import StepwiseFeatures, build_network, default_layers, map_shapes
 from anomalib_cfa.features.patch_features import PatchFeatures
-from anomalib_cfa.features.same_padding import ExportableConv2dSame, make_exportable
+from anomalib_cfa.features.same_padding import ExportableConv2dSame, replace_same_padding
 
 TINY = "test_resnet.r160_in1k"
 
@@ -568,7 +568,7 @@ def test_the_exportable_same_padding_computes_the_same(height, width, kernel):
     convolution = Conv2dSame(2, 3, kernel, stride=2)
     images = torch.randn(1, 2, height, width)
     expected = convolution(images)
-    make_exportable(convolution)
+    replace_same_padding(convolution)
     assert type(convolution) is ExportableConv2dSame
     assert torch.equal(convolution(images), expected)
 
@@ -578,11 +578,11 @@ def test_other_convolutions_keep_their_form():
     others = [Conv2dSame(1, 1, kernel, stride, dilation=dilation) for kernel, stride, dilation in forms]
     others.append(nn.Conv2d(1, 1, 3, stride=2))
     types = [type(module) for module in others]
-    assert [type(module) for module in make_exportable(nn.Sequential(*others)).children()] == types
+    assert [type(module) for module in replace_same_padding(nn.Sequential(*others)).children()] == types
 
 
 def test_symbolic_sizes_do_not_grow_with_depth():
-    network = make_exportable(nn.Sequential(*(Conv2dSame(1, 1, 3, stride=2) for _ in range(5))))
+    network = replace_same_padding(nn.Sequential(*(Conv2dSame(1, 1, 3, stride=2) for _ in range(5))))
     dynamic = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     exported = torch.export.export(network, (torch.randn(1, 1, 96, 64),), dynamic_shapes=dynamic)
     (output,) = exported.graph.output_node().args[0]

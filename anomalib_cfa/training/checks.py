@@ -1,0 +1,37 @@
+"""What a trainer can be asked for, and what a model lacks: checked before the work starts."""
+
+import logging
+
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Trainer
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check the trainer's own arguments.
+
+    Raises:
+        ValueError: If one of them cannot be followed, naming it, what it must be, and what it was.
+    """
+    if trainer.precision not in _PRECISIONS:
+        wanted = ", ".join(map(repr, _PRECISIONS))
+        msg = f"precision must be one of {wanted}, as anomalib's images are of float32, but is {trainer.precision!r}"
+        raise ValueError(msg)
+    if trainer.training and trainer.limit_train_batches == 0:
+        msg = "limit_train_batches must leave at least one batch to train on, but is 0"
+        raise ValueError(msg)
+
+
+def warn_without_threshold(post_processor: nn.Module | None) -> None:
+    """Warn if images and pixels will be labelled although no threshold was ever chosen."""
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return
+    if post_processor.image_threshold.isnan():
+        logger.warning(
+            "The model has no threshold and no range to normalize scores with, as no validation was run: scores are as "
+            "they are, and labels mean nothing. Run engine.validate, or fit with validation images"
+        )

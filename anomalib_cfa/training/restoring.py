@@ -1,0 +1,157 @@
+"""A checkpoint -> the model that was trained, whatever the new one was built with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
+from anomalib_cfa.pre_processing import make_exportable
+from anomalib_cfa.training.checkpoints import check_checkpoint, drop_old_tensors
+from anomalib_cfa.training.saved_arguments import (
+    COMPONENTS,
+    check_layers,
+    check_pre_processing,
+    current_arguments,
+    merge,
+    saved_arguments,
+)
+
+_CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
+
+
+class CfaCheckpoints(AnomalibModule):
+    """The loading of checkpoints: a checkpoint says everything about the model that it holds.
+
+    Arguments that were left at their defaults are the checkpoint's. Those that were given must agree with it, unless
+    they may change afterwards.
+    """
+
+    _given: dict[str, Any]
+    model: Any
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that the checkpoint holds.
+
+        Args:
+            checkpoint: The loaded checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
+        """
+        check_checkpoint(checkpoint)
+        drop_old_tensors(checkpoint)
+        trainer: Trainer | None = self._trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        arguments = merge(saved_arguments(checkpoint), self._given, fitting=fitting)
+        check_hyperparameters(**arguments)
+        check_pre_processing(checkpoint, self.pre_processor, self._given)
+        self._restore_components(checkpoint, trainer)
+        if arguments != {name: self.hparams[name] for name in arguments}:
+            self.save_hyperparameters({**self.hparams, **arguments})
+            self._build()
+        if "layers" in self._given:
+            check_layers(self.model.patch_features.layers, self._given["layers"])
+        if fitting:
+            self.teardown(TrainerFn.FITTING)
+            self.setup(TrainerFn.FITTING)  # with the new network and pre-processor
+
+    def _restore_components(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
+        """Restore the pre- and post-processor; the evaluator and the visualizer may be others now."""
+        config = checkpoint.get("anomalib_pre_processor_config") or {}
+        if config.get("transform") is None and "pre_processor" in self._given:
+            checkpoint.pop("anomalib_pre_processor_config", None)  # anomalib could not save it: the given one stays
+        before = {name: getattr(self, name) for name in COMPONENTS}
+        super().on_load_checkpoint(checkpoint)
+        make_exportable(self.pre_processor)
+        if trainer is not None:
+            self.evaluator, self.visualizer = before["evaluator"], before["visualizer"]
+            _detach([before[name] for name in COMPONENTS if getattr(self, name) is None], trainer)
+            _renew_augmentations(trainer)
+        kept = [name for name in _CHANGEABLE if name != "post_processor" or self.post_processor is None]
+        _replace_state(checkpoint["state_dict"], self.state_dict(), tuple(f"{name}." for name in kept))
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,  # noqa: ANN401 - Lightning's
+        map_location: Any = None,  # noqa: ANN401
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> "CfaCheckpoints":
+        """Load the model that a checkpoint holds.
+
+        Args:
+            checkpoint_path: The checkpoint's path, or an open file.
+            map_location: Where its tensors go, as in :func:`torch.load`.
+            hparams_file: Hyper-parameters that take the place of the checkpoint's; not needed.
+            strict: Whether the weights' names must all agree.
+            weights_only: Whether the file may hold plain data only, and no code.
+            **kwargs: The constructor's arguments that may differ from the checkpoint's, such as ``visualizer``.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
+        """
+        given = {name: plain_list(value) for name, value in current_arguments(kwargs).items()}
+        check_hyperparameters(**{name: value for name, value in given.items() if name in RULES})
+        components = {name: value for name, value in given.items() if name in COMPONENTS or name not in RULES}
+        if components.get("pre_processor", True) is not True:
+            components |= {"image_size": None, "center_crop_size": None}
+        options: Any = (map_location, hparams_file, strict, weights_only)
+        model = super().load_from_checkpoint(checkpoint_path, *options, **components)
+        assert isinstance(model, CfaCheckpoints)
+        model.change_arguments({name: value for name, value in given.items() if name not in components})
+        return model
+
+    def change_arguments(self, given: Mapping[str, Any]) -> None:
+        """Change arguments of a restored model that may change afterwards.
+
+        Args:
+            given: The new arguments by name.
+
+        Raises:
+            ValueError: If one contradicts the model.
+        """
+        arguments = merge(self.hparams, given, fitting=False)
+        if given.get("layers") is not None:
+            check_layers(self.model.patch_features.layers, given["layers"])
+        sizes = {name: given.get(name, self.hparams[name]) for name in ("image_size", "center_crop_size")}
+        if sizes != {name: self.hparams[name] for name in sizes}:
+            config: Any = getattr(self.pre_processor, "checkpoint_config", dict)()
+            restored = {"hyper_parameters": self.hparams, "anomalib_pre_processor_config": config}
+            check_pre_processing(restored, self.configure_pre_processor(**sizes), sizes)
+        self.hparams.update(arguments)
+
+    def _build(self) -> None:
+        """Build the network and the loss from the hyper-parameters."""
+        raise NotImplementedError
+
+
+def _replace_state(state: dict[str, Any], own: Mapping[str, Any], prefixes: tuple[str, ...]) -> None:
+    """Put the model's own tensors in the place of the checkpoint's where they need not agree."""
+    for name in [name for name in state if name.startswith(prefixes)]:
+        del state[name]
+    state.update({name: value for name, value in own.items() if name.startswith(prefixes)})
+
+
+def _detach(components: list[nn.Module | Callback | None], trainer: Trainer) -> None:
+    """Take components out of the trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [callback for callback in callbacks if all(callback is not component for component in components)]
+
+
+def _renew_augmentations(trainer: Trainer) -> None:
+    """Let a data module resize to the restored size: it took that of the model before the checkpoint was read."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if isinstance(datamodule, AnomalibDataModule):
+        datamodule.setup(trainer.state.fn)

@@ -1,0 +1,147 @@
+"""What a checkpoint says about the model's arguments, against those that a new model was given."""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from anomalib_cfa.features.backbones import find_backbone
+from anomalib_cfa.hyperparameters import RULES
+from anomalib_cfa.old_names import OLD_NAMES, current_search, from_old_names
+
+COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
+
+# What a fitted model does not depend on. Of a fit that goes on, lr and weight_decay are part of the optimizer's state.
+_CHANGEABLE = frozenset({"pre_trained", "weights_path", "seed", "alpha", "feature_budget"})
+_OF_THE_OPTIMIZER = frozenset({"lr", "weight_decay"})
+# The network and the pre-processor tell what these come to, see `check_layers` and `check_pre_processing`.
+_CHECKED_LATER = frozenset({"layers", "image_size", "center_crop_size"})
+_PRE_PROCESSING = ("pre_processor", "image_size", "center_crop_size")
+# Two names of one value.
+_SAME: dict[str, Callable[[Any], Any]] = {"backbone": lambda name: find_backbone(name).name}
+
+
+def given_arguments(arguments: Mapping[str, Any], model: type) -> dict[str, Any]:
+    """The arguments that differ from the constructor's defaults: a command line passes all, given or not."""
+    defaults = {name: parameter.default for name, parameter in signature(model).parameters.items()}
+    return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
+
+
+def current_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments under today's names, with a warning for each that has another one now."""
+    current = {name: value for name, value in arguments.items() if name not in OLD_NAMES}
+    current |= from_old_names(**{name: arguments[name] for name in OLD_NAMES if name in arguments})
+    if "search" in current:
+        current["search"] = current_search(current["search"])
+    return current
+
+
+def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's hyper-parameters under today's names."""
+    saved = current_arguments(checkpoint.get("hyper_parameters") or {})
+    return {name: value for name, value in saved.items() if name in RULES and name not in COMPONENTS}
+
+
+def merge(saved: Mapping[str, Any], given: Mapping[str, Any], *, fitting: bool) -> dict[str, Any]:
+    """The arguments of the model that a checkpoint holds: the saved ones, and those given that may change afterwards.
+
+    Args:
+        saved: The checkpoint's, from :func:`saved_arguments`.
+        given: Those that the user gave.
+        fitting: Whether a fit goes on from the checkpoint.
+
+    Raises:
+        ValueError: If one that is given contradicts the checkpoint, naming both values and what to type.
+    """
+    changeable = _CHANGEABLE if fitting else _CHANGEABLE | _OF_THE_OPTIMIZER
+    for name in saved.keys() & given.keys() - changeable - _CHECKED_LATER:
+        same = _SAME.get(name, lambda value: value)
+        if same(saved[name]) != same(given[name]):
+            raise _contradiction(name, saved[name], given[name])
+    free = {name for name in given if name in RULES and (name in changeable or name not in saved)}
+    merged = {**saved, **{name: given[name] for name in free - {*COMPONENTS}}}
+    if not merged.get("pre_trained", True):
+        merged["weights_path"] = None
+    return merged
+
+
+def _contradiction(name: str, saved: object, given: object) -> ValueError:
+    """The error for an argument that contradicts the checkpoint."""
+    typed = saved if isinstance(saved, str) else json.dumps(saved)
+    return ValueError(
+        f"{name} must be {saved!r}, as it was when the checkpoint was written, or be left out, but is {given!r}; "
+        f"on the command line: --model.{name} {shlex.quote(typed)}"
+    )
+
+
+def check_layers(saved: Sequence[str], given: Sequence[str]) -> None:
+    """Check that the layers that were given are those of the checkpoint's network.
+
+    Raises:
+        ValueError: If they are others.
+    """
+    if set(saved) != set(given):
+        raise _contradiction("layers", list(saved), list(given))  # noqa: EM101 - a name, no message
+
+
+def check_pre_processing(
+    checkpoint: Mapping[str, Any], pre_processor: nn.Module | None, given: Mapping[str, Any]
+) -> None:
+    """Check that what was given of the pre-processing is what the model was trained with.
+
+    Args:
+        checkpoint: The checkpoint.
+        pre_processor: The new model's.
+        given: The user's arguments, those of the pre-processing among them.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    given = {name: value for name, value in given.items() if name in _PRE_PROCESSING}
+    enabled = (checkpoint.get("anomalib_components_enabled") or {}).get("pre_processor", True)
+    saved = (checkpoint.get("anomalib_pre_processor_config") or {}).get("transform") if enabled else None
+    ours = _transform(pre_processor)
+    if not given or (enabled and (saved is None or ours == saved)):
+        return  # anomalib saves nothing of a transform that it does not know
+    hyperparameters = checkpoint.get("hyper_parameters") or {}
+    if "pre_processor" in given:
+        if pre_processor is None and not enabled:
+            return
+        what = "False" if not enabled else f"left out, or do what the checkpoint's does, {_words(saved)},"
+        msg = f"pre_processor must be {what} but is {given['pre_processor']!r}"
+        raise ValueError(msg)
+    if not enabled:
+        name = next(iter(given))
+        msg = f"{name} must be left out, as the checkpoint's model was trained without a pre_processor"
+        raise ValueError(msg)
+    if _without_statistics(ours) != _without_statistics(saved):
+        name = next((name for name in given if hyperparameters.get(name) != given[name]), next(iter(given)))
+        raise _contradiction(name, hyperparameters.get(name), given[name])
+
+
+def _transform(pre_processor: nn.Module | None) -> Any:  # noqa: ANN401
+    config: Any = getattr(pre_processor, "checkpoint_config", dict)()
+    return config.get("transform")
+
+
+def _parts(spec: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    if spec is None:
+        return []
+    parts = spec.get("init_args", {}).get("transforms")
+    return [spec] if parts is None else [part for inner in parts for part in _parts(inner)]
+
+
+def _without_statistics(spec: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    return [part for part in _parts(spec) if not part["class_path"].endswith(".Normalize")]
+
+
+def _words(spec: Any) -> str:  # noqa: ANN401
+    names = {"size": "", "mean": "mean ", "std": "std "}
+    return ", ".join(
+        f"{part['class_path'].rpartition('.')[2]} "
+        + " ".join(f"{names[name]}{value}" for name, value in part["init_args"].items() if name in names)
+        for part in _parts(spec)
+    )

@@ -1,0 +1,236 @@
+"""A checkpoint says everything about the model that it holds."""
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from tiny import noise
+from torchvision.transforms import v2
+
+from anomalib_cfa import Cfa
+
+TRAINED = {
+    "backbone": "test_resnet.r160_in1k",
+    "pre_trained": False,
+    "visualizer": False,
+    "image_size": 96,
+    "layers": ["layer1", "layer2"],
+    "score": "softmin",
+    "sigma": 2.0,
+    "center_view": True,
+    "gamma_c": 4,
+    "gamma_d": 2,
+    "learn_radius": False,
+    "lr": 1e-3,
+}
+# What the constructor is called with by a user who names nothing else.
+NOTHING = {"visualizer": False}
+
+
+def engine(folder, **arguments) -> Engine:
+    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
+    return Engine(default_root_dir=folder, **(defaults | arguments))
+
+
+def mvtec(root) -> MVTecAD:
+    return MVTecAD(root, category="tile", train_batch_size=2, eval_batch_size=4, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def trained(rendered_mvtec, tmp_path_factory):
+    """A model with no argument at its default, and its checkpoint."""
+    model = Cfa(**TRAINED)
+    run = engine(tmp_path_factory.mktemp("trained"))
+    run.fit(model, datamodule=mvtec(rendered_mvtec))
+    return model.eval(), run.trainer.checkpoint_callback.last_model_path or run.best_model_path
+
+
+def predicted(model, root, folder, **source):
+    batches = engine(folder).predict(model, datamodule=mvtec(root), **source)
+    return [torch.cat([getattr(batch, name) for batch in batches]) for name in ("pred_score", "anomaly_map")]
+
+
+def test_a_model_of_which_nothing_is_named_becomes_the_trained_one(trained, rendered_mvtec, tmp_path):
+    model, path = trained
+    restored = Cfa(**NOTHING)
+    expected = predicted(model, rendered_mvtec, tmp_path)
+    for ours, theirs in zip(predicted(restored, rendered_mvtec, tmp_path, ckpt_path=path), expected, strict=True):
+        assert torch.equal(ours, theirs)  # also: the images were resized once, as in training
+    assert dict(restored.hparams) == dict(model.hparams)
+    assert restored.input_size == (96, 96)
+
+
+def test_test_and_validation_of_it_give_the_same_metrics(trained, rendered_mvtec, tmp_path):
+    model, path = trained
+    expected = engine(tmp_path).test(model, datamodule=mvtec(rendered_mvtec), verbose=False)
+    assert engine(tmp_path).test(Cfa(**NOTHING), datamodule=mvtec(rendered_mvtec), ckpt_path=path) == expected
+
+
+def test_load_from_checkpoint_and_every_export_are_the_trained_model(trained, tmp_path):
+    model, path = trained
+    images = noise(2, 80, 70)
+    expected = model(images)
+    restored = Cfa.load_from_checkpoint(path).eval()
+    assert torch.equal(restored(images).anomaly_map, expected.anomaly_map)
+    file = engine(tmp_path).export(Cfa(**NOTHING), "torch", tmp_path, ckpt_path=path)
+    assert torch.equal(torch.load(file, weights_only=False)["model"](images).anomaly_map, expected.anomaly_map)
+
+
+def test_a_fit_goes_on_from_it(trained, rendered_mvtec, tmp_path):
+    resumed = Cfa(**NOTHING)
+    engine(tmp_path, max_epochs=2).fit(resumed, datamodule=mvtec(rendered_mvtec), ckpt_path=trained[1])
+    assert resumed.model.score == "softmin"
+    assert not torch.equal(resumed.model.descriptor.weight, trained[0].model.descriptor.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backbone", "test_efficientnet.r160_in1k"),
+        ("layers", ["layer3"]),
+        ("score", "nearest"),
+        ("sigma", 3.0),
+        ("gamma_c", 2),
+        ("gamma_d", 3),
+        ("image_size", 64),
+        ("center_crop_size", 64),
+        ("num_nearest_neighbors", 2),
+        ("bank", "mean"),
+        ("whitening", None),
+        ("search", "exact"),
+    ],
+)
+def test_an_argument_that_contradicts_is_named_with_what_to_type(trained, rendered_mvtec, tmp_path, name, value):
+    model = Cfa(**(NOTHING | {name: value}))
+    with pytest.raises(ValueError, match=f"^{name} must be .* but is ") as raised:
+        engine(tmp_path).predict(model, datamodule=mvtec(rendered_mvtec), ckpt_path=trained[1])
+    message = str(raised.value)
+    assert repr(value) in message
+    (typed,) = shlex.split(message.partition(f"--model.{name} ")[2])
+    assert yaml.safe_load(typed) == trained[0].hparams[name]
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        Cfa.load_from_checkpoint(trained[1], **{name: value})
+
+
+def test_a_fit_that_goes_on_keeps_what_its_optimizer_holds(trained, rendered_mvtec, tmp_path):
+    model = Cfa(**NOTHING, lr=0.5)
+    with pytest.raises(ValueError, match=r"^lr must be 0\.001"):
+        engine(tmp_path, max_epochs=2).fit(model, datamodule=mvtec(rendered_mvtec), ckpt_path=trained[1])
+    predicted(Cfa(**NOTHING, lr=0.5), rendered_mvtec, tmp_path, ckpt_path=trained[1])
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"backbone": "test_resnet"},
+        {"layers": ("layer2", "layer1")},
+        {"image_size": [96, 96]},
+        {"pre_processor": PreProcessor(v2.Compose([v2.Resize((96, 96)), v2.Normalize([0.5] * 3, [0.5] * 3)]))},
+        {"feature_budget": 0.5, "seed": 3, "alpha": 0.2},
+        {"evaluator": False},
+    ],
+)
+def test_other_names_of_the_same_and_what_may_change_are_accepted(trained, rendered_mvtec, tmp_path, same):
+    expected = predicted(trained[0], rendered_mvtec, tmp_path)
+    ours = predicted(Cfa(**(NOTHING | same)), rendered_mvtec, tmp_path, ckpt_path=trained[1])
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_another_pre_processor_is_refused(trained, rendered_mvtec, tmp_path):
+    other = PreProcessor(v2.Compose([v2.Resize((64, 64)), v2.Normalize([0.5] * 3, [0.5] * 3)]))
+    for pre_processor in (other, False):
+        with pytest.raises(ValueError, match=r"^pre_processor must be .*Resize \[96, 96\]"):
+            predicted(Cfa(**NOTHING, pre_processor=pre_processor), rendered_mvtec, tmp_path, ckpt_path=trained[1])
+
+
+def test_without_a_post_processor_scores_are_as_they_are(trained, rendered_mvtec, tmp_path):
+    model = Cfa(**NOTHING, post_processor=False)
+    scores, _ = predicted(model, rendered_mvtec, tmp_path, ckpt_path=trained[1])
+    normalized, _ = predicted(trained[0], rendered_mvtec, tmp_path)
+    assert torch.equal(scores.argsort(), normalized.argsort()) or scores.max() > 1
+
+
+def test_a_component_that_the_model_was_trained_without_does_not_run(rendered_mvtec, tmp_path):
+    model = Cfa(**(TRAINED | {"post_processor": False}))
+    run = engine(tmp_path / "fit")
+    run.fit(model, datamodule=mvtec(rendered_mvtec))
+    expected, _ = predicted(model, rendered_mvtec, tmp_path)
+    scores, _ = predicted(Cfa(**NOTHING), rendered_mvtec, tmp_path, ckpt_path=run.best_model_path)
+    assert torch.equal(scores, expected)
+
+
+def test_what_may_change_changes_in_load_from_checkpoint(trained):
+    restored = Cfa.load_from_checkpoint(trained[1], feature_budget=0.25, image_size=[96, 96])
+    assert restored.hparams["feature_budget"] == 0.25
+    with pytest.raises(ValueError, match=r"^feature_budget must be a number of GiB"):
+        Cfa.load_from_checkpoint(trained[1], feature_budget=-1)
+
+
+def test_a_command_line_needs_nothing_but_the_checkpoint(trained, rendered_mvtec, tmp_path):
+    command = "import sys; from anomalib.cli.cli import main; sys.argv[0] = 'anomalib'; main()"
+    options = f"--ckpt_path {trained[1]} --data MVTecAD --data.root {rendered_mvtec} --data.category tile"
+    options += f" --data.num_workers 0 --trainer.accelerator cpu --default_root_dir {tmp_path}"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "test", "--model", "Cfa", "--model.visualizer", "false", *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "image_AUROC" in done.stdout
+
+
+def test_a_checkpoint_of_0_1_0_predicts_as_it_did(rendered_mvtec, tmp_path):
+    folder = Path(__file__).parents[1] / "checkpoints"
+    recorded = json.loads((folder / "0.1.0.json").read_text())
+    images = noise(3, 80, 60, 7)
+    through_trainer, run = Cfa(**NOTHING), engine(tmp_path)
+    with pytest.warns(FutureWarning, match="search 'ivf' is called 'two_level' now"):
+        run.predict(through_trainer, datamodule=mvtec(rendered_mvtec), ckpt_path=folder / "0.1.0.ckpt")
+    with pytest.warns(FutureWarning, match="descriptor_start is part of whitening now"):
+        loaded = Cfa.load_from_checkpoint(folder / "0.1.0.ckpt")
+    for model in (loaded.eval(), through_trainer.eval()):
+        assert model.hparams["score"] == "calibrated"
+        with torch.no_grad():
+            before, after = model.model(model.pre_processor(images)), model(images)
+        assert before.pred_score.tolist() == pytest.approx(recorded["score"], rel=1e-4)
+        torch.testing.assert_close(
+            after.anomaly_map[0, ::8, ::8], torch.tensor(recorded["normalized_map"]), rtol=0, atol=1e-4
+        )
+
+
+def test_labels_without_a_threshold_are_warned_of(rendered_mvtec, tmp_path, caplog):
+    model = Cfa(**TRAINED)
+    engine(tmp_path, limit_val_batches=0).fit(model, datamodule=mvtec(rendered_mvtec))
+    with caplog.at_level(logging.WARNING, logger="anomalib_cfa"):
+        predicted(model, rendered_mvtec, tmp_path)
+    assert "no threshold" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"precision": "bf16-true"}, {"precision": "64-true"}, {"limit_train_batches": 0}], ids=str
+)
+def test_a_trainer_that_cannot_work_is_refused_by_its_argument(rendered_mvtec, tmp_path, trainer):
+    with pytest.raises(ValueError, match=f"^{next(iter(trainer))} must "):
+        engine(tmp_path, **trainer).fit(Cfa(**TRAINED), datamodule=mvtec(rendered_mvtec))
+
+
+def test_validation_and_test_of_the_same_images_agree(rendered_mvtec, tmp_path):
+    datamodule = MVTecAD(rendered_mvtec, category="tile", train_batch_size=2, num_workers=0)  # test images in both
+    model = Cfa(**(TRAINED | {"score": "calibrated"}))
+    run = engine(tmp_path)
+    run.fit(model, datamodule=datamodule)
+    (validated,) = run.validate(model, datamodule=datamodule, verbose=False)
+    (tested,) = run.test(model, datamodule=datamodule, verbose=False)
+    for name in ("image_AUROC", "pixel_AUROC"):
+        assert validated[name] == pytest.approx(tested[name], abs=1e-3)
