@@ -8,7 +8,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-_FLOOR = 0.5  # of the deviation of all patches: where hardly anything varies, noise must not count as much
+_WEIGHT_OF_ALL = 0.5  # of deviations among all patches, beside those around a centre
 _PSEUDO_COUNT = 10  # patches' worth of weight given to the mean and variance of all centres
 
 
@@ -16,9 +16,9 @@ class CenterCalibration(DynamicBufferMixin):
     """Relates a patch's distance to what is usual for normal patches around the same centre.
 
     Normal patches do not lie equally near to their centres: where normal images vary, they stay further out. A single
-    scale for all centres scores such places high on every image. Here each centre has a mean and a deviation, of the
-    distances of the training patches that are nearest to it or to one of its neighbours, and a score counts deviations
-    above the mean. Both are drawn towards those of all patches, the more so the fewer patches there are.
+    scale for all centres scores such places high on every image. Here a score counts the deviations above the mean of
+    the training patches that are nearest to the centre or to one of its neighbours, and half of those above the mean of
+    all patches. Where there are few patches, mean and deviation are drawn towards those of all.
 
     Example:
         >>> calibration = CenterCalibration()
@@ -96,7 +96,11 @@ class CenterCalibration(DynamicBufferMixin):
         variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
         deviation = variance.clamp(min=1e-12).sqrt()
         if neighbors is not None:
-            deviation = deviation + _FLOOR * of_all.sqrt()
+            # Deviations around the centre, and some of those among all patches: a sum of two scales and shifts is one.
+            overall = _WEIGHT_OF_ALL / of_all.clamp(min=1e-12).sqrt()
+            scale = 1 / deviation + overall
+            mean = (mean / deviation + overall * distance / count) / scale
+            deviation = 1 / scale
         self.mean = mean.to(self.mean.dtype)
         self.deviation = deviation.to(self.deviation.dtype)
 

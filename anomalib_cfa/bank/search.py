@@ -37,9 +37,9 @@ class CenterIndex(nn.Module):
     Example:
         >>> centers = torch.randn(4096, 96, generator=torch.Generator().manual_seed(0))
         >>> index = CenterIndex(centers)
-        >>> squared, found = index(centers[:4].view(1, 2, 2, 96), k=1)
+        >>> squared, found = index(centers[7].expand(1, 2, 2, 96), k=1)
         >>> found.flatten().tolist()
-        [0, 1, 2, 3]
+        [7, 7, 7, 7]
     """
 
     centers: Tensor

@@ -32,11 +32,11 @@ def test_the_patches_of_neighbors_count_too():
     calibration.reset(2)
     calibration.update(distances, indices)
     calibration.finish(neighbors=torch.tensor([[0, 1], [1, 1]]))
-    assert calibration.mean[0] == pytest.approx(4.5, abs=0.01)
-    assert calibration.mean[1] == pytest.approx(7, abs=0.02)
-    of_all = distances.std(correction=0).item()
-    assert calibration.deviation[0] == pytest.approx(1.5 * of_all, rel=0.01)  # half of that of all on top
-    assert calibration.deviation[1] == pytest.approx(2 + 0.5 * of_all, rel=0.02)
+    mean, deviation = distances.mean().item(), distances.std(correction=0).item()
+    scores = calibration(torch.tensor([2.0, 2.0, 8.0]), torch.tensor([0, 1, 1]))
+    of_all = [(value - mean) / deviation / 2 for value in (2, 2, 8)]
+    around = [(2 - mean) / deviation, (2 - 7) / 2, (8 - 7) / 2]
+    torch.testing.assert_close(scores, torch.tensor(around) + torch.tensor(of_all), rtol=0.02, atol=0.02)
 
 
 def test_a_center_of_few_patches_leans_on_all():
