@@ -134,15 +134,16 @@ class CenterIndex(nn.Module):
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
         if not self.has_two_levels:
             return _smallest(self.half_norms - projected @ self.table.T, count)
-        _, height, width, _ = queries.shape
+        batch, height, width, _ = queries.shape
         blocks = _in_blocks(projected)
-        ranks = self.half_mean_norms - blocks.mean(dim=3) @ self.means.T
-        probes = _smallest(ranks, _PROBES)
-        surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(-3, -2)
-        half_norms, members = (F.embedding(probes, of).flatten(-2) for of in (self.half_norms, self.members))
-        best = _smallest(half_norms[..., None, :] - blocks @ surrounding.mT, count)
-        candidates = members[..., None, :].expand(*best.shape[:-1], -1).gather(-1, best)
-        whole: Tensor = rearrange(candidates, "b i j (y x) c -> b (i y) (j x) c", y=_SIDE)
+        probes = _smallest(self.half_mean_norms - blocks.mean(dim=1) @ self.means.T, _PROBES)
+        surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(1, 2)
+        half_norms, members = (F.embedding(probes, of).flatten(1) for of in (self.half_norms, self.members))
+        best = _smallest(half_norms[:, None] - blocks @ surrounding.mT, count)
+        first = torch.arange(len(members), device=members.device)[:, None, None] * (_GROUP * _PROBES)
+        candidates = F.embedding(best + first, members.flatten()[:, None])[..., 0]
+        rows = (height + _SIDE - 1) // _SIDE
+        whole: Tensor = rearrange(candidates, "(b i j) (y x) c -> b (i y) (j x) c", b=batch, i=rows, y=_SIDE)
         return whole[:, :height, :width]
 
     def _measure_in_graph(self, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -156,12 +157,12 @@ class CenterIndex(nn.Module):
 
 
 def _in_blocks(patches: Tensor) -> Tensor:
-    """Patches of shape (B, h, w, d) as square blocks of them, of shape (B, i, j, 16, d); the last ones are repeated."""
+    """Patches of shape (B, h, w, d) as square blocks of them, of shape (blocks, 16, d); the last ones are repeated."""
     for axis in (1, 2):
         size = patches.shape[axis]
         wanted = (size + _SIDE - 1) // _SIDE * _SIDE
         patches = patches.index_select(axis, torch.arange(wanted, device=patches.device).clamp(max=size - 1))
-    blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> b i j (y x) d", y=_SIDE, x=_SIDE)
+    blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> (b i j) (y x) d", y=_SIDE, x=_SIDE)
     return blocks
 
 
