@@ -14,5 +14,5 @@ from anomalib_cfa.lightning_model import Cfa  # noqa: E402
 
 anomalib_cfa_hook.explain_if_not_registered()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Cfa", "__version__"]
