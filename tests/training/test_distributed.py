@@ -124,7 +124,7 @@ def is_running(pid):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_what_the_bank_sums_over_processes_is_as_documented(fits, processes):
-    """The sizes that CONTRIBUTING.md states, and not more with more processes."""
+    """The sizes that docs/distributed.md states, and not more with more processes."""
     folder, (state, *_) = fits(processes)
     width, columns = state["descriptor.weight"].shape
     channels, patches, centers = columns - 2, 8 * 8, len(state["memory_bank.centers"])
