@@ -1,7 +1,7 @@
 """A model's predictions of a folder -> everything that the page shows."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from anomalib_cfa.inspect.pictures import (
 from anomalib_cfa.inspect.predictors import Prediction, Predictor, load_predictor
 from anomalib_cfa.inspect.reasons import Reason
 from anomalib_cfa.inspect.samples import Sample, find_samples
+from anomalib_cfa.inspect.statistics import PixelCounts, Threshold
 
-_PIXEL_THRESHOLDS = np.linspace(0, 1, 1001).astype(np.float32)
 _SMALL_MAP = 64  # longer side of a thumbnail's heat map, in pixels
 
 
@@ -50,71 +50,39 @@ class Inspection:
     writing: float = 0.0
 
 
-class Threshold:
-    """Finds out a model's threshold from its verdicts: 0.5, anomalib's default, or what else agrees with them."""
-
-    def __init__(self) -> None:
-        self._negative, self._positive = -np.inf, np.inf  # highest score that is negative, and lowest positive one
-
-    def update(self, scores: NDArray[np.float32], verdicts: NDArray[np.bool_]) -> None:
-        """Take in scores and what the model made of them, both of any one shape."""
-        self._negative = max(self._negative, scores.max(where=~verdicts, initial=-np.inf))
-        self._positive = min(self._positive, scores.min(where=verdicts, initial=np.inf))
-
-    @property
-    def value(self) -> float:
-        """A threshold that scores above it, and no others, are positive with."""
-        if self._negative <= 0.5 < self._positive:
-            return 0.5
-        between = (np.clip(self._negative, 0, 1) + np.clip(self._positive, 0, 1)) / 2
-        return round(float(between), 3)
-
-
-class PixelCounts:
-    """Counts pixels between thresholds a thousandth apart, the normal, the defective and the unlabelled."""
-
-    def __init__(self) -> None:
-        self.counts = {kind: np.zeros(len(_PIXEL_THRESHOLDS) + 1, dtype=np.int64) for kind in _PIXELS}
-
-    def update(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
-        """Take in an image: its map, and its true mask of the same shape if there is one."""
-        # Place k holds what is above k thresholds.
-        places = np.searchsorted(_PIXEL_THRESHOLDS, anomaly_map.ravel(), side="left")
-        size = len(_PIXEL_THRESHOLDS) + 1
-        if mask is None:
-            self.counts["unknown"] += np.bincount(places, minlength=size)
-            return
-        defective = np.bincount(places[mask.ravel()], minlength=size)
-        self.counts["defective"] += defective
-        self.counts["normal"] += np.bincount(places, minlength=size) - defective
-
-
-_PIXELS = ("normal", "defective", "unknown")
-
-
-def inspect_folder(
-    model: Path | Predictor,
-    folder: Path,
-    page: Path,
-    embed: bool = False,
-    device: str | None = None,
-    title: str | None = None,
-) -> Inspection:
+def inspect_folder(model: Path, folder: Path, page: Path, embed: bool = False, device: str | None = None) -> Inspection:
     """Predict all images of a folder, and write the page on which to judge the predictions.
 
     Args:
-        model: A checkpoint, an exported model, or a predictor.
+        model: A checkpoint, or an exported model.
         folder: Images, or a category in MVTec AD's layout, see :func:`~anomalib_cfa.inspect.samples.find_samples`.
         page: File to write. Unless all is embedded, pictures go to a folder beside it, ``<name>_files``.
         embed: Whether the page holds everything itself.
         device: Where to compute.
-        title: The page's title. Default: the folder's name.
 
     Raises:
         ValueError: If a path names nothing fit, no image can be judged, or the model does not normalize its scores.
     """
-    samples = find_samples(folder)
-    predictor = load_predictor(model, device) if isinstance(model, Path) else model
+    samples, predictor = find_samples(folder), load_predictor(model, device)
+    return inspect_samples(predictor, samples, page, folder.resolve().name, model.name, embed)
+
+
+def inspect_samples(
+    predictor: Predictor, samples: Sequence[Sample], page: Path, title: str, model_name: str, embed: bool = False
+) -> Inspection:
+    """The same for images from anywhere.
+
+    Args:
+        predictor: Predicts them.
+        samples: The images.
+        page: File to write.
+        title: The page's title.
+        model_name: What the page calls the model.
+        embed: Whether the page holds everything itself.
+
+    Raises:
+        ValueError: If no image can be judged, or the model does not normalize its scores.
+    """
     target = PageFolder(page, embed)
     samples = [sample for sample in samples if target.files not in sample.path.parents]
     image_threshold, pixel_threshold, pixels = Threshold(), Threshold(), PixelCounts()
@@ -134,7 +102,7 @@ def inspect_folder(
         _check_normalized(prediction)
         predicted = time.perf_counter()
         if prediction.label is not None:
-            image_threshold.update(np.float32([prediction.score]), np.array([prediction.label]))
+            image_threshold.update(np.array([prediction.score], dtype=np.float32), np.array([prediction.label]))
         if prediction.mask is not None:
             pixel_threshold.update(prediction.anomaly_map, prediction.mask)
         pixels.update(prediction.anomaly_map, mask)
@@ -142,13 +110,13 @@ def inspect_folder(
         result.predicting += predicted - start
         result.writing += time.perf_counter() - predicted
     if not records:
-        name, reason = next(iter(result.unreadable.items()))
-        msg = f"folder must hold an image that can be judged, but none can; {name}: {reason}"
+        why = "".join(f"; {name}: {reason}" for name, reason in list(result.unreadable.items())[:1])
+        msg = f"samples must hold an image that can be judged, but none can{why}"
         raise ValueError(msg)
     start = time.perf_counter()
     target.write(
-        title=title or folder.resolve().name,
-        model=predictor.checkpoint.name if predictor.checkpoint else (model.name if isinstance(model, Path) else ""),
+        title=title,
+        model=model_name,
         checkpoint=None if predictor.checkpoint is None else str(predictor.checkpoint),
         thresholds={"image": image_threshold.value, "pixel": pixel_threshold.value},
         pixels={kind: counts.tolist() for kind, counts in pixels.counts.items()},
@@ -194,7 +162,7 @@ def _record(
         heat_map=grey_webp(grey),
         mask=grey_webp(255 * mask.astype(np.uint8)) if has_mask and mask is not None else None,
     )
-    record = {
+    record: dict[str, Any] = {
         "name": sample.name,
         "folder": "/".join(sample.name.split("/")[:-1]),
         "kind": sample.kind,

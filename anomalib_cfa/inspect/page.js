@@ -95,7 +95,7 @@ function choose() {
 const tiles = new Map();
 function layout() {
   const grid = element("grid"), columns = Math.max(2, Math.floor((grid.clientWidth + 8) / 158));
-  const width = (grid.clientWidth + 8) / columns, height = width + 46;
+  const width = (grid.clientWidth + 8) / columns, height = width + 38;
   return { columns, width, height };
 }
 

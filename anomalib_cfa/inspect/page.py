@@ -86,7 +86,9 @@ class PageFolder:
         template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
             _text("page.html.jinja")
         )
-        html = template.render(data=data, style=_Trusted(_text("page.css")), scripts=map(_Trusted, map(_text, _SCRIPTS)))
+        html = template.render(
+            data=data, style=_Trusted(_text("page.css")), scripts=map(_Trusted, map(_text, _SCRIPTS))
+        )
         self.page.write_text(html, encoding="utf-8")
 
 

@@ -53,7 +53,8 @@ def grey_webp(values: NDArray[np.uint8]) -> bytes:
 def grey_levels(anomaly_map: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
     """Grey levels of a map, the same on every image: 0 for ``low`` and :data:`LEVELS` for ``high``."""
     scaled = (anomaly_map - low) * (LEVELS / (high - low))
-    return np.rint(scaled.clip(0, LEVELS)).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(scaled.clip(0, LEVELS)).astype(np.uint8)
+    return levels
 
 
 def data_uri(encoded: bytes) -> str:

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from anomalib.deploy import OpenVINOInferencer
+from anomalib.models.components import AnomalibModule
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
+from anomalib_cfa.inspect.pictures import View
 from anomalib_cfa.inspect.reasons import Reason, ReasonFinder
 from anomalib_cfa.lightning_model import Cfa
 
@@ -46,7 +48,7 @@ class Predictor(Protocol):
         checkpoint: Its checkpoint, if it is one.
     """
 
-    view: tuple[float, float, float, float]
+    view: View
     checkpoint: Path | None
 
     def predict(self, image: Image.Image) -> Prediction:
@@ -54,31 +56,21 @@ class Predictor(Protocol):
         ...
 
 
-class CheckpointPredictor:
-    """A Lightning checkpoint of this package's Cfa.
+class ModelPredictor:
+    """A fitted model.
 
     Args:
-        path: The ``.ckpt`` file.
+        model: Any of anomalib's; this package's Cfa tells the reasons for its scores, too.
         device: Where to compute. Default: on a GPU if there is one.
+        checkpoint: The file that it is from.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
-        self.checkpoint: Path | None = path
+    def __init__(self, model: AnomalibModule, device: str | None = None, checkpoint: Path | None = None) -> None:
+        self.checkpoint = checkpoint
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model = Cfa.load_from_checkpoint(path, map_location=self._device).eval()
-        self._reasons = ReasonFinder.of(self._model)
-        self.view = self._view()
-
-    def _view(self) -> tuple[float, float, float, float]:
-        crop = self._model.hparams.get("center_crop_size")
-        if crop is None:
-            return _WHOLE
-        sizes = (self._model.hparams.get("image_size") or 256, crop)
-        (height, width), (crop_height, crop_width) = (
-            (size, size) if isinstance(size, int) else tuple(size) for size in sizes
-        )
-        left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
-        return left, top, 1 - left, 1 - top
+        self._model = model.eval().to(self._device)
+        self._reasons = ReasonFinder.of(model) if isinstance(model, Cfa) else None
+        self.view = _view(model)
 
     @torch.inference_mode()
     def predict(self, image: Image.Image) -> Prediction:
@@ -89,6 +81,19 @@ class CheckpointPredictor:
         with self._reasons.watch() as reasons:
             output = self._model(batch)
             return _prediction(output, reasons.find())
+
+
+def _view(model: AnomalibModule) -> View:
+    """What is left of an image after the resize and the crop that the model was built with."""
+    crop = model.hparams.get("center_crop_size")
+    if crop is None:
+        return _WHOLE
+    sizes = (model.hparams.get("image_size") or 256, crop)
+    (height, width), (crop_height, crop_width) = (
+        (size, size) if isinstance(size, int) else tuple(size) for size in sizes
+    )
+    left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
+    return left, top, 1 - left, 1 - top
 
 
 class OpenVINOPredictor:
@@ -150,7 +155,7 @@ def load_predictor(path: Path, device: str | None = None) -> Predictor:
         msg = f"model must be an existing file, but is {str(path)!r}"
         raise ValueError(msg)
     if path.suffix == ".ckpt":
-        return CheckpointPredictor(path, device)
+        return ModelPredictor(Cfa.load_from_checkpoint(path, map_location="cpu"), device, path)
     if path.suffix in {".xml", ".onnx"}:
         return OpenVINOPredictor(path, device)
     msg = f"model must be a checkpoint (.ckpt) or an exported model (.xml, .onnx), but is {str(path)!r}"

@@ -72,7 +72,8 @@ function wireKeys() {
 }
 
 fillSelect("kind", images.map((image) => image.kind));
-fillSelect("folder", images.map((image) => image.folder));
+if (images.some((image) => image.folder !== image.kind)) fillSelect("folder", images.map((image) => image.folder));
+else element("folder").closest("label").hidden = true;
 drawHistogram("image", imageBins(BINS));
 drawHistogram("pixel", pixelBins(BINS));
 wireThresholds();

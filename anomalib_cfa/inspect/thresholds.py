@@ -34,7 +34,7 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get(_CONFIG), dict):
         msg = f"checkpoint must be one of anomalib 2.7 with a post-processor, but {str(checkpoint)!r} is not"
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - of the file's content, not of an argument
     config = content[_CONFIG]
     for name, value in (("image_sensitivity", image), ("pixel_sensitivity", pixel)):
         if value is not None:

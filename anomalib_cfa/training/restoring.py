@@ -24,6 +24,8 @@ from anomalib_cfa.training.saved_arguments import (
 
 _CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
 
+_TRAINING_IMAGES = "anomalib_cfa_training_images"
+
 
 class CfaCheckpoints(AnomalibModule):
     """The loading of checkpoints: a checkpoint says everything about the model that it holds.
@@ -34,6 +36,16 @@ class CfaCheckpoints(AnomalibModule):
 
     _given: dict[str, Any]
     model: Any
+    training_images: list[str]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save with the components the paths of the images that the memory bank came from.
+
+        Args:
+            checkpoint: The checkpoint to be written.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_TRAINING_IMAGES] = self.training_images
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that the checkpoint holds.
@@ -52,6 +64,7 @@ class CfaCheckpoints(AnomalibModule):
         check_hyperparameters(**arguments)
         check_pre_processing(checkpoint, self.pre_processor, self._given)
         self._restore_components(checkpoint, trainer)
+        self.training_images = [str(path) for path in checkpoint.get(_TRAINING_IMAGES) or []]
         if arguments != {name: self.hparams[name] for name in arguments}:
             self.save_hyperparameters({**self.hparams, **arguments})
             self._build()
