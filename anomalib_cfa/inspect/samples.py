@@ -1,9 +1,11 @@
 """A folder -> the images to inspect, with what is known of them."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -77,3 +79,25 @@ def find_samples(folder: Path) -> list[Sample]:
         msg = f"folder must hold images, but {str(folder)!r} holds none of {', '.join(IMG_EXTENSIONS)}"
         raise ValueError(msg)
     return samples
+
+
+def listed_samples(table: pd.DataFrame) -> list[Sample]:
+    """The images of an anomalib data set.
+
+    Args:
+        table: Its ``samples``, with ``image_path`` and ``label_index``, and perhaps ``label`` and ``mask_path``.
+    """
+    paths = [Path(path) for path in table["image_path"]]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    kinds = table["label"] if "label" in table else [""] * len(paths)
+    masks = table["mask_path"] if "mask_path" in table else [""] * len(paths)
+    rows = zip(paths, kinds, table["label_index"], masks, strict=True)
+    samples = [
+        Sample(path, path.relative_to(root).as_posix(), str(kind), bool(label), _mask_file(mask) if label else None)
+        for path, kind, label, mask in rows
+    ]
+    return sorted(samples, key=lambda sample: sample.name)
+
+
+def _mask_file(path: object) -> Path | None:
+    return Path(path) if isinstance(path, str) and path and Path(path).is_file() else None

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from anomalib.data.datasets.image.mvtecad import MVTecADDataset
 from PIL import Image
 
 from anomalib_cfa.inspect.inspection import Inspection, inspect_samples, report
 from anomalib_cfa.inspect.pictures import crop, data_uri, grey_levels, grey_webp, patch_picture
 from anomalib_cfa.inspect.predictors import Prediction, load_predictor
-from anomalib_cfa.inspect.samples import Sample, find_samples
+from anomalib_cfa.inspect.samples import Sample, find_samples, listed_samples
 from anomalib_cfa.inspect.statistics import PixelCounts, Threshold
 
 
@@ -153,3 +154,9 @@ def test_grey_levels_and_patches_hold_their_values() -> None:
     image = Image.new("RGB", (64, 64))
     image.paste((255, 255, 255), (48, 48, 64, 64))
     assert np.asarray(Image.open(io.BytesIO(patch_picture(image, (0.99, 0.99))))).min() > 250
+
+
+def test_an_anomalib_data_set_lists_what_its_folder_holds(category: Path) -> None:
+    samples = MVTecADDataset(category.parent, category.name, split="test").samples
+    found = [sample for sample in find_samples(category) if "damaged" not in sample.name]
+    assert listed_samples(samples[~samples.image_path.str.contains("damaged")]) == found
