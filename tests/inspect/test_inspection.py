@@ -156,7 +156,6 @@ def test_grey_levels_and_patches_hold_their_values() -> None:
     assert np.asarray(Image.open(io.BytesIO(patch_picture(image, (0.99, 0.99))))).min() > 250
 
 
-def test_an_anomalib_data_set_lists_what_its_folder_holds(category: Path) -> None:
-    samples = MVTecADDataset(category.parent, category.name, split="test").samples
-    found = [sample for sample in find_samples(category) if "damaged" not in sample.name]
-    assert listed_samples(samples[~samples.image_path.str.contains("damaged")]) == found
+def test_an_anomalib_data_set_lists_what_its_folder_holds(rendered_mvtec: Path) -> None:
+    samples = MVTecADDataset(rendered_mvtec, "tile", split="test").samples
+    assert listed_samples(samples) == find_samples(rendered_mvtec / "tile")
