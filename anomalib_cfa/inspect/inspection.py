@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from anomalib_cfa.inspect.page import Asset, PageFolder
 from anomalib_cfa.inspect.pictures import (
+    EMBEDDED_PICTURE,
     PICTURE,
     THUMBNAIL,
     crop,
@@ -154,7 +155,7 @@ def _record(
 ) -> dict[str, Any]:
     """What the page is told of an image, with its pictures saved."""
     grey = grey_levels(prediction.anomaly_map, 0, 1)
-    picture = shrunk(seen, PICTURE)
+    picture = shrunk(seen, EMBEDDED_PICTURE if target.embed else PICTURE)
     small_map = shrunk(Image.fromarray(grey), _SMALL_MAP).convert("RGB")
     has_mask = mask is not None and bool(mask.any())
     asset = Asset(

@@ -10,7 +10,9 @@ from PIL import Image
 THUMBNAIL = 160
 """Longer side of a thumbnail, in pixels."""
 PICTURE = 640
-"""Longer side of a picture, in pixels."""
+"""Longer side of a picture beside the page, in pixels."""
+EMBEDDED_PICTURE = 400
+"""Longer side of a picture within the page, in pixels: a thousand of them stay below 60 MB."""
 LEVELS = 255
 """Grey level of the highest score of a heat map."""
 
