@@ -144,6 +144,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if given_pre_processor is not True:
             pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
         self._build()
+        self.training_images: list[str] = []  # in the data set's order, to which the memory bank's sources refer
         self._features: TrainingFeatures | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
@@ -242,6 +243,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         else:
             self.model.patch_features.load_weights()
             self.model.fit(self._features, Processes.of(self.trainer.strategy))
+            self.training_images = self._features.paths()
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""

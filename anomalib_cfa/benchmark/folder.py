@@ -117,6 +117,10 @@ class RunFolder:
         """Folder for a job's pictures."""
         return self.root / "cases" / key
 
+    def inspection(self, key: str) -> Path:
+        """A job's page on which to judge its model; there is none where the model or its images do not allow it."""
+        return self.root / "inspections" / f"{key}.html"
+
     def save_result(self, result: Result) -> None:
         """Save a result, all of it or nothing."""
         _write(self._file("results", result.spec.key), asdict(result))

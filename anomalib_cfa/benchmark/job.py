@@ -12,7 +12,7 @@ from typing import Any
 
 import anomalib.models
 import pandas as pd
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule, AnomalibDataset, get_datamodule
 from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from anomalib.models import get_model
@@ -26,6 +26,9 @@ from anomalib_cfa.benchmark.cases import CaseKeeper
 from anomalib_cfa.benchmark.folder import Failure, Result, RunFolder
 from anomalib_cfa.benchmark.provenance import machine, peak_memory, versions, weights_of
 from anomalib_cfa.benchmark.spec import JobSpec
+from anomalib_cfa.inspect.inspection import inspect_samples
+from anomalib_cfa.inspect.predictors import ModelPredictor
+from anomalib_cfa.inspect.samples import listed_samples
 from anomalib_cfa.lightning_model import Cfa
 
 _THRESHOLD_SIDES = {
@@ -146,6 +149,7 @@ class Job(BenchmarkJob):
             epochs = engine.trainer.current_epoch
             metrics = engine.test(model, datamodule=datamodule)[0]
             tested = time.perf_counter()
+        self._inspect(model, datamodule)
         thresholds = _THRESHOLD_SIDES[ValSplitMode(datamodule.val_split_mode)] if model.post_processor else "none"
         return Result(
             accelerator=self.accelerator,
@@ -162,6 +166,19 @@ class Job(BenchmarkJob):
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cases=keeper.draw(self.folder.cases(self.spec.key), self.folder.root),
         )
+
+    def _inspect(self, model: AnomalibModule, datamodule: AnomalibDataModule) -> None:
+        """Write the page on which to judge the model, unless its images are not those in the files."""
+        dataset = datamodule.test_data
+        if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
+            return
+        page = self.folder.inspection(self.spec.key)
+        try:
+            inspect_samples(
+                ModelPredictor(model), listed_samples(dataset.samples), page, self.title, self.spec.model_name
+            )
+        except ValueError as error:  # of a model that does not normalize its scores, whose result is good all the same
+            print(f"{self.title}: no page to inspect it: {error}", flush=True)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> pd.DataFrame:

@@ -54,6 +54,7 @@ def write_report(folder: Path | str) -> Path:
         _averages(summary),
         *(f"![{column}]({path.relative_to(run.root).as_posix()})" for column, path in plots.items()),
         "Best and worst cases of each category: [heat_maps.md](heat_maps.md).",
+        *_inspections(run, results),
         *_categories(summary),
         "## Environment",
         _provenance(results),
@@ -100,6 +101,14 @@ def _notes(results: Sequence[Result], summary: pd.DataFrame) -> str:
             "images."
         )
     return "\n".join(f"- {note}" for note in notes)
+
+
+def _inspections(run: RunFolder, results: Sequence[Result]) -> Iterator[str]:
+    """Links to the pages on which to judge the models, one for each job."""
+    pages = [page for result in results if (page := run.inspection(result.spec.key)).is_file()]
+    if pages:
+        yield "All images of each job, by score and threshold, open in a browser:"
+        yield "\n".join(f"- [{page.stem}]({page.relative_to(run.root).as_posix()})" for page in pages)
 
 
 def _averages(summary: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ from anomalib_cfa.demo.commands import export_openvino, read_metrics, train
 from anomalib_cfa.demo.heat_maps import draw_heat_maps
 from anomalib_cfa.demo.render import CATEGORIES, render_mvtec
 from anomalib_cfa.demo.weights import RESNET18, find_weights
+from anomalib_cfa.inspect import inspect_folder
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO")
 
@@ -52,16 +53,20 @@ def _run(options: argparse.Namespace) -> None:
     datasets = render_mvtec(output / "datasets", options.categories, options.seed)
     print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {_short(datasets)}", flush=True)
 
+    pages = []
     summary = [f"{'':12}" + "".join(f"{name:>15}" for name in METRICS)]
     for category in options.categories:
         checkpoint = train(category, datasets, output, weights, options.epochs, options.seed)
         metrics = read_metrics(category, output)
         summary.append(f"{category:12}" + "".join(f"{metrics[name]:15.3f}" for name in METRICS))
         _look(category, export_openvino(category, checkpoint, output), output)
+        page = output / f"inspection_{category}.html"
+        pages.append(inspect_folder(checkpoint, datasets / category, page).page)
 
     print(f"\nTest metrics of the last epoch, {'ImageNet' if weights.path else 'random'} features:")
     print("\n".join(summary))
     print(f"\nHeat maps (image, true mask, heat map, predicted outline): {_short(output / 'heat_maps')}")
+    print(f"To judge the models and set their thresholds, open {', '.join(map(_short, pages))}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 

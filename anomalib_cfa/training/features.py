@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
+from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch, IndexedDataset
 from anomalib_cfa.training.loaders import (
     check_images,
     feature_store,
@@ -60,6 +60,12 @@ class TrainingFeatures:
         folder = Path(self.module.trainer.default_root_dir)
         self.store = feature_store(loader, self.pre_processor, self.budget, folder)
         return training_loader(loader, self.module.trainer, self.seed, self.store)
+
+    def paths(self) -> list[str]:
+        """Paths of the images, in the data set's order; none if the data set does not tell."""
+        loader: Any = self.module.trainer.train_dataloader
+        dataset = loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
+        return [str(path) for path in dataset.samples.image_path] if isinstance(dataset, AnomalibDataset) else []
 
     def start_epoch(self) -> None:
         """Notice if the images are no longer treated as when their features were kept."""

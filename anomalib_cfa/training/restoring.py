@@ -23,10 +23,11 @@ from anomalib_cfa.training.saved_arguments import (
 )
 
 _CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
+_TRAINING_IMAGES = "anomalib_cfa_training_images"
 
 
 class CfaCheckpoints(AnomalibModule):
-    """The loading of checkpoints: a checkpoint says everything about the model that it holds.
+    """The saving and loading of checkpoints: a checkpoint says everything about the model that it holds.
 
     Arguments that were left at their defaults are the checkpoint's. Those that were given must agree with it, unless
     they may change afterwards.
@@ -34,6 +35,16 @@ class CfaCheckpoints(AnomalibModule):
 
     _given: dict[str, Any]
     model: Any
+    training_images: list[str]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save with the components the paths of the images that the memory bank came from.
+
+        Args:
+            checkpoint: The checkpoint to be written.
+        """
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_TRAINING_IMAGES] = self.training_images
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that the checkpoint holds.
@@ -52,6 +63,8 @@ class CfaCheckpoints(AnomalibModule):
         check_hyperparameters(**arguments)
         check_pre_processing(checkpoint, self.pre_processor, self._given)
         self._restore_components(checkpoint, trainer)
+        images = checkpoint.get(_TRAINING_IMAGES)  # older checkpoints have none
+        self.training_images = [str(path) for path in images] if isinstance(images, list) else []
         if arguments != {name: self.hparams[name] for name in arguments}:
             self.save_hyperparameters({**self.hparams, **arguments})
             self._build()

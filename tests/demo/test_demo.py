@@ -1,6 +1,7 @@
 """The rendered data set is what anomalib's ``MVTecAD`` expects, and the demo runs to its end without any weights."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_the_demo_ends_with_metrics_and_pictures(
     values = re.search(r"^tile +(.+)$", printed.out, flags=re.MULTILINE)
     assert values
     assert all(0 <= float(value) <= 1 for value in values[1].split())
+    assert f"open {os.path.relpath(tmp_path / 'inspection_tile.html')}" in printed.out
+    assert (tmp_path / "inspection_tile.html").is_file()
     pictures = sorted(path.name for path in (tmp_path / "heat_maps").glob("*.png"))
     assert pictures == [f"tile_{kind}_000.png" for kind in ("crack", "good", "gray_stroke", "oil")]
 

@@ -1,0 +1,162 @@
+"""A checkpoint or an exported model -> predictions."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from anomalib.deploy import OpenVINOInferencer
+from anomalib.models.components import AnomalibModule
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2.functional import to_dtype, to_image
+
+from anomalib_cfa.inspect.pictures import View
+from anomalib_cfa.inspect.reasons import Reason, ReasonFinder
+from anomalib_cfa.lightning_model import Cfa
+
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image.
+
+    Attributes:
+        score: The image's score.
+        anomaly_map: Scores of its pixels, as large as the model's view of the image.
+        label: The model's own verdict; None if it gives none.
+        mask: The pixels that the model calls defective, shaped as ``anomaly_map``; None if it gives none.
+        reason: What the worst patch was compared with, if the model can tell.
+    """
+
+    score: float
+    anomaly_map: NDArray[np.float32]
+    label: bool | None = None
+    mask: NDArray[np.bool_] | None = None
+    reason: Reason | None = None
+
+
+class Predictor(Protocol):
+    """A model.
+
+    Attributes:
+        view: Left, top, right and bottom of what it sees of an image, as parts of the image's width and height.
+        checkpoint: Its checkpoint, if it is one.
+    """
+
+    view: View
+    checkpoint: Path | None
+
+    def predict(self, image: Image.Image) -> Prediction:
+        """Predict an RGB image."""
+        ...
+
+
+class ModelPredictor:
+    """A fitted model.
+
+    Args:
+        model: Any of anomalib's; this package's Cfa tells the reasons for its scores, too.
+        device: Where to compute. Default: on a GPU if there is one.
+        checkpoint: The file that it is from.
+    """
+
+    def __init__(self, model: AnomalibModule, device: str | None = None, checkpoint: Path | None = None) -> None:
+        self.checkpoint = checkpoint
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = model.eval().to(self._device)
+        self._reasons = ReasonFinder.of(model) if isinstance(model, Cfa) else None
+        self.view = _view(model)
+
+    @torch.inference_mode()
+    def predict(self, image: Image.Image) -> Prediction:
+        """Predict an RGB image."""
+        batch = to_dtype(to_image(image), torch.float32, scale=True)[None].to(self._device)
+        if self._reasons is None:
+            return _prediction(self._model(batch), None)
+        with self._reasons.watch() as reasons:
+            output = self._model(batch)
+            return _prediction(output, reasons.find())
+
+
+def _view(model: AnomalibModule) -> View:
+    """What is left of an image after the resize and the crop that the model was built with."""
+    crop = model.hparams.get("center_crop_size")
+    if crop is None:
+        return _WHOLE
+    sizes = (model.hparams.get("image_size") or 256, crop)
+    (height, width), (crop_height, crop_width) = (
+        (size, size) if isinstance(size, int) else tuple(size) for size in sizes
+    )
+    left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
+    return left, top, 1 - left, 1 - top
+
+
+class OpenVINOPredictor:
+    """An exported model, by anomalib's inferencer.
+
+    It does not tell what it sees of an image: where it crops, the heat map is stretched over the whole of it.
+
+    Args:
+        path: The ``.xml`` or ``.onnx`` file.
+        device: OpenVINO's name of the device.
+    """
+
+    view = _WHOLE
+    checkpoint: Path | None = None
+
+    def __init__(self, path: Path, device: str | None = None) -> None:
+        path, before = path.resolve(), Path.cwd()
+        # The inferencer leaves its cache in the working directory.
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            os.chdir(folder)
+            try:
+                self._inferencer = OpenVINOInferencer(path, device or "CPU")
+            finally:
+                os.chdir(before)
+
+    def predict(self, image: Image.Image) -> Prediction:
+        """Predict an RGB image."""
+        return _prediction(self._inferencer.predict(image), None)
+
+
+def _prediction(output: Any, reason: Reason | None) -> Prediction:  # noqa: ANN401 - torch's or NumPy's batch of one
+    values = {}
+    for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
+        value = getattr(output, name, None)
+        if value is not None:
+            values[name] = np.squeeze(value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value))
+    label, mask = values.get("pred_label"), values.get("pred_mask")
+    # A model without thresholds gives back scores in place of labels.
+    return Prediction(
+        score=float(values["pred_score"]),
+        anomaly_map=values["anomaly_map"].astype(np.float32),
+        label=bool(label) if label is not None and label.dtype == bool else None,
+        mask=mask if mask is not None and mask.dtype == bool else None,
+        reason=reason,
+    )
+
+
+def load_predictor(path: Path, device: str | None = None) -> Predictor:
+    """Load a model.
+
+    Args:
+        path: A checkpoint (``.ckpt``) or an exported model (``.xml``, ``.onnx``).
+        device: Where to compute.
+
+    Raises:
+        ValueError: If there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        msg = f"model must be an existing file, but is {str(path)!r}"
+        raise ValueError(msg)
+    if path.suffix == ".ckpt":
+        return ModelPredictor(Cfa.load_from_checkpoint(path, map_location="cpu"), device, path)
+    if path.suffix in {".xml", ".onnx"}:
+        return OpenVINOPredictor(path, device)
+    msg = f"model must be a checkpoint (.ckpt) or an exported model (.xml, .onnx), but is {str(path)!r}"
+    raise ValueError(msg)

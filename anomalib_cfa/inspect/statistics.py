@@ -1,0 +1,47 @@
+"""What is gathered over all images: the model's thresholds, and how the pixels score."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PIXEL_THRESHOLDS = np.linspace(0, 1, 1001).astype(np.float32)
+
+
+class Threshold:
+    """Finds out a model's threshold from its verdicts: 0.5, anomalib's default, or what else agrees with them."""
+
+    def __init__(self) -> None:
+        self._negative, self._positive = -np.inf, np.inf  # highest score that is negative, and lowest positive one
+
+    def update(self, scores: NDArray[np.float32], verdicts: NDArray[np.bool_]) -> None:
+        """Take in scores and what the model made of them, both of any one shape."""
+        self._negative = max(self._negative, scores.max(where=~verdicts, initial=-np.inf))
+        self._positive = min(self._positive, scores.min(where=verdicts, initial=np.inf))
+
+    @property
+    def value(self) -> float:
+        """A threshold that scores above it, and no others, are positive with."""
+        if self._negative <= 0.5 < self._positive:
+            return 0.5
+        between = (np.clip(self._negative, 0, 1) + np.clip(self._positive, 0, 1)) / 2
+        return round(float(between), 3)
+
+
+class PixelCounts:
+    """Counts pixels between thresholds a thousandth apart, the normal, the defective and the unlabelled."""
+
+    def __init__(self) -> None:
+        self.counts = {
+            kind: np.zeros(len(_PIXEL_THRESHOLDS) + 1, dtype=np.int64) for kind in ("normal", "defective", "unknown")
+        }
+
+    def update(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
+        """Take in an image: its map, and its true mask of the same shape if there is one."""
+        # Place k holds what is above k thresholds.
+        places = np.searchsorted(_PIXEL_THRESHOLDS, anomaly_map.ravel(), side="left")
+        size = len(_PIXEL_THRESHOLDS) + 1
+        if mask is None:
+            self.counts["unknown"] += np.bincount(places, minlength=size)
+            return
+        defective = np.bincount(places[mask.ravel()], minlength=size)
+        self.counts["defective"] += defective
+        self.counts["normal"] += np.bincount(places, minlength=size) - defective

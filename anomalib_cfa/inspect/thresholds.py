@@ -1,0 +1,79 @@
+"""Set the thresholds of a checkpoint: ``python -m anomalib_cfa.inspect.thresholds MODEL.ckpt --image 0.47``.
+
+Anomalib's exports read them from the checkpoint only; `anomalib export` heeds no option of the model's beside one.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_CONFIG = "anomalib_post_processor_config"
+
+
+def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | None = None) -> None:
+    """Set the thresholds with which a checkpoint predicts and is exported, in the file itself.
+
+    They are kept as anomalib's ``image_sensitivity`` and ``pixel_sensitivity``, which are 1 less the threshold.
+
+    Args:
+        checkpoint: The file, replaced in one step.
+        image: Normalized score above which an image is called defective. None: as it is.
+        pixel: The same of a pixel.
+
+    Raises:
+        ValueError: If a threshold is not from 0 to 1, or the checkpoint is not one of anomalib's with a post-processor.
+    """
+    for name, value in (("image", image), ("pixel", pixel)):
+        if value is not None and not 0 <= value <= 1:
+            msg = f"{name} must be a threshold of normalized scores, from 0 to 1, but is {value}"
+            raise ValueError(msg)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get(_CONFIG), dict):
+        msg = f"checkpoint must be one of anomalib 2.7 with a post-processor, but {str(checkpoint)!r} is not"
+        raise ValueError(msg)  # noqa: TRY004 - of the file's content, not of an argument
+    config = content[_CONFIG]
+    for name, value in (("image_sensitivity", image), ("pixel_sensitivity", pixel)):
+        if value is not None:
+            config[name] = 1 - value
+    checkpoint = checkpoint.resolve()
+    handle, staged = tempfile.mkstemp(dir=checkpoint.parent, prefix=".", suffix=checkpoint.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        Path(staged).chmod(checkpoint.stat().st_mode)
+        Path(staged).replace(checkpoint)
+    finally:
+        Path(staged).unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The command line's; None for ``sys.argv``'s.
+
+    Returns:
+        Exit status: 0, or 1 after an error, which is printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_cfa.inspect.thresholds", description="Set the thresholds of a checkpoint."
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint to change")
+    parser.add_argument("--image", type=float, help="normalized score above which an image is called defective")
+    parser.add_argument("--pixel", type=float, help="normalized score above which a pixel is called defective")
+    options = parser.parse_args(arguments)
+    try:
+        set_thresholds(options.checkpoint, options.image, options.pixel)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"thresholds: {error}", file=sys.stderr)
+        return 1
+    print(f"Set in {options.checkpoint}; export it again for the exported model to have them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What the page is told is what the model said."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anomalib.data.datasets.image.mvtecad import MVTecADDataset
+from PIL import Image
+
+from anomalib_cfa.inspect.inspection import Inspection, inspect_samples, report
+from anomalib_cfa.inspect.pictures import crop, data_uri, grey_levels, grey_webp, patch_picture
+from anomalib_cfa.inspect.predictors import Prediction, load_predictor
+from anomalib_cfa.inspect.samples import Sample, find_samples, listed_samples
+from anomalib_cfa.inspect.statistics import PixelCounts, Threshold
+
+
+def told(inspection: Inspection) -> dict:
+    html = inspection.page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL).group(1))
+
+
+def decoded(address: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition("base64,")[2]))).convert("L"))
+
+
+def test_each_image_keeps_its_score_kind_and_truth(inspection: Inspection) -> None:
+    data = told(inspection)
+    assert len(data["images"]) == inspection.images == 70
+    by_name = {image["name"]: image for image in data["images"]}
+    assert by_name["good/003.png"]["score"] == float(np.float32(69) / np.float32(255))
+    assert by_name["good/003.png"]["defective"] is False
+    assert not by_name["good/003.png"]["has_mask"]
+    assert by_name["scratch/001.png"]["kind"] == "scratch"
+    assert by_name["scratch/001.png"]["defective"] is True
+    assert by_name["scratch/001.png"]["has_mask"]
+
+
+def test_thresholds_are_found_from_the_models_verdicts(inspection: Inspection) -> None:
+    assert told(inspection)["thresholds"] == {
+        "image": pytest.approx(0.6, abs=0.01),
+        "pixel": pytest.approx(0.4, abs=0.01),
+    }
+
+
+def test_a_damaged_file_is_listed_and_not_fatal(inspection: Inspection) -> None:
+    assert list(inspection.unreadable) == ["hole/damaged.png"]
+    assert [file["name"] for file in told(inspection)["unreadable"]] == ["hole/damaged.png"]
+    assert any("hole/damaged.png" in line for line in report(inspection))
+
+
+def test_heat_maps_are_exact_to_a_grey_level(inspection: Inspection, category: Path) -> None:
+    image = next(image for image in told(inspection)["images"] if image["name"] == "hole/004.png")
+    if "map" in image:
+        levels, mask = decoded(image["map"]), decoded(image["mask"])
+    else:
+        script = (inspection.page.parent / image["map_file"]).read_text()
+        levels, mask = map(decoded, re.findall('"(data:[^"]+)"', script))
+    expected = np.asarray(Image.open(category / "test" / "hole" / "004.png"))[..., 0]
+    assert (levels == expected).all()
+    assert (mask > 0).sum() == 10 * 20
+
+
+def test_embedded_there_is_one_file_and_else_a_folder_beside_it(inspection: Inspection) -> None:
+    beside = [path.name for path in inspection.page.parent.iterdir() if path != inspection.page]
+    assert beside == ([] if "map" in told(inspection)["images"][0] else ["parts_files"])
+
+
+def test_no_image_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="folder must hold images"):
+        find_samples(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"none can; broken\.png: UnidentifiedImageError"):
+        inspect_samples(Fixed(0.5), find_samples(tmp_path), tmp_path / "page.html", "", "")
+
+
+class Fixed:
+    view = (0.0, 0.0, 1.0, 1.0)
+    checkpoint = None
+
+    def __init__(self, score: float) -> None:
+        self.score = score
+
+    def predict(self, image: Image.Image) -> Prediction:
+        return Prediction(self.score, np.full((8, 8), 0.25, np.float32))
+
+
+def test_scores_that_are_not_normalized_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="model must normalize its scores to 0 to 1"):
+        inspect_samples(Fixed(17.0), find_samples(tmp_path), tmp_path / "page.html", "", "")
+
+
+def test_images_without_labels_are_unlabelled(tmp_path: Path) -> None:
+    (tmp_path / "monday").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "monday" / "image.png")
+    data = told(inspect_samples(Fixed(0.5), find_samples(tmp_path), tmp_path / "page.html", "", ""))
+    assert [(image["defective"], image["folder"]) for image in data["images"]] == [(None, "monday")]
+    assert sum(data["pixels"]["unknown"]) == 64
+    assert sum(data["pixels"]["normal"]) == 0
+
+
+def test_a_second_inspection_does_not_take_the_firsts_pictures_for_images(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    for _ in range(2):
+        result = inspect_samples(Fixed(0.5), find_samples(tmp_path), tmp_path / "page.html", "", "")
+    assert (result.images, result.unreadable) == (1, {})
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
+def test_models_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    if name.endswith(".pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="model must be .*" + re.escape(name)):
+        load_predictor(tmp_path / name)
+
+
+def test_pixels_are_counted_exactly_at_each_threshold() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.random(5000), np.linspace(0, 1, 1001)]).astype(np.float32)[None]
+    mask = rng.random(values.shape) < 0.3
+    counts = PixelCounts()
+    counts.update(values, mask)
+    for step in (0, 1, 250, 333, 500, 999, 1000):
+        threshold = np.float32(step / 1000)
+        for kind, of in (("normal", values[~mask]), ("defective", values[mask])):
+            assert counts.counts[kind][step + 1 :].sum() == (of > threshold).sum()
+
+
+def test_the_default_threshold_is_kept_where_it_agrees() -> None:
+    threshold = Threshold()
+    threshold.update(np.float32([0.1, 0.9]), np.array([False, True]))
+    assert threshold.value == 0.5
+    threshold.update(np.float32([0.7]), np.array([False]))
+    assert threshold.value == pytest.approx(0.8)
+
+
+def test_masks_and_pictures_are_of_what_the_model_sees(tmp_path: Path) -> None:
+    mask = np.zeros((40, 80), np.uint8)
+    mask[:, 40:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    view = (0.5, 0.0, 1.0, 1.0)
+    assert Sample(tmp_path, "", mask=tmp_path / "mask.png").read_mask((10, 10), view).all()
+    assert crop(Image.fromarray(mask), view).size == (40, 40)
+
+
+def test_grey_levels_and_patches_hold_their_values() -> None:
+    levels = grey_levels(np.float32([[0, 0.5, 1, 2]]), 0, 1)
+    assert levels.tolist() == [[0, 128, 255, 255]]
+    assert decoded(data_uri(grey_webp(levels))).tolist() == levels.tolist()
+    image = Image.new("RGB", (64, 64))
+    image.paste((255, 255, 255), (48, 48, 64, 64))
+    assert np.asarray(Image.open(io.BytesIO(patch_picture(image, (0.99, 0.99))))).min() > 250
+
+
+def test_an_anomalib_data_set_lists_what_its_folder_holds(rendered_mvtec: Path) -> None:
+    samples = MVTecADDataset(rendered_mvtec, "tile", split="test").samples
+    assert listed_samples(samples) == find_samples(rendered_mvtec / "tile")

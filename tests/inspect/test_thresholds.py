@@ -1,0 +1,92 @@
+"""The thresholds chosen on the page are those that the model has afterwards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import InferenceBatch, MVTecAD
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_cfa import Cfa
+from anomalib_cfa.inspect.__main__ import main
+from anomalib_cfa.inspect.predictors import load_predictor
+from anomalib_cfa.inspect.thresholds import main as set_main
+from anomalib_cfa.inspect.thresholds import set_thresholds
+
+
+@pytest.fixture(scope="module")
+def trained(rendered_mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny model."""
+    root = tmp_path_factory.mktemp("trained")
+    model = Cfa("resnet18", pre_trained=False, image_size=64, sigma=1.0)
+    model.visualizer = None
+    engine = Engine(default_root_dir=root, logger=False, accelerator="cpu", devices=1, max_epochs=1)
+    engine.fit(model, datamodule=MVTecAD(rendered_mvtec, category="tile", num_workers=0))
+    engine.trainer.save_checkpoint(root / "model.ckpt")
+    return root / "model.ckpt"
+
+
+def test_a_checkpoint_and_its_export_call_defective_what_lies_above_the_chosen_threshold(
+    trained: Path, rendered_mvtec: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_bytes(trained.read_bytes())
+    assert set_main([str(checkpoint), "--image", "0.3217", "--pixel", "0.777"]) == 0
+    model = Cfa.load_from_checkpoint(checkpoint)
+    scores = torch.tensor([0.3216, 0.3217, 0.3218, 0.9])
+    threshold = model.post_processor.normalized_image_threshold
+    assert threshold == np.float32(1 - np.float32(1 - 0.3217))  # as the page computes it
+    model.post_processor.enable_normalization = False
+    output = model.post_processor(InferenceBatch(pred_score=scores, anomaly_map=scores[:, None, None]))
+    assert output.pred_label.tolist() == [False, bool(scores[1] > threshold), True, True]
+    assert output.pred_mask.flatten().tolist() == [False, False, False, True]
+
+    exported = Engine(default_root_dir=tmp_path).export(
+        Cfa(pre_trained=False), "openvino", tmp_path, ckpt_path=checkpoint
+    )
+    image = Image.open(rendered_mvtec / "tile" / "test" / "good" / "000.png").convert("RGB")
+    seen = load_predictor(exported).predict(image)
+    assert seen.label == (seen.score > 0.3217)
+    assert (seen.mask == (seen.anomaly_map > 0.777)).all()
+    assert seen.score == pytest.approx(load_predictor(checkpoint).predict(image).score, abs=1e-3)
+
+
+def test_what_is_not_given_stays(trained: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_bytes(trained.read_bytes())
+    set_thresholds(checkpoint, pixel=0.25)
+    post_processor = Cfa.load_from_checkpoint(checkpoint).post_processor
+    assert (post_processor.image_sensitivity, post_processor.pixel_sensitivity) == (0.5, 0.75)
+
+
+def test_the_worst_patch_is_explained_by_a_training_patch(trained: Path, rendered_mvtec: Path) -> None:
+    path = rendered_mvtec / "tile" / "train" / "good" / "003.png"
+    reason = load_predictor(trained).predict(Image.open(path).convert("RGB")).reason
+    assert reason.normal.parent == path.parent
+    assert reason.normal.is_file()
+    assert all(0 < part < 1 for part in (*reason.place, *reason.normal_place))
+    model = Cfa.load_from_checkpoint(trained)
+    assert model.training_images == [str(each) for each in sorted(path.parent.iterdir())]
+
+
+def test_the_command_writes_a_page(trained: Path, rendered_mvtec: Path, tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.html"
+    assert main([str(trained), str(rendered_mvtec / "tile"), "--output", str(page), "--embed"]) == 0
+    assert f"Open {page}" in capsys.readouterr().out
+    assert '"reason"' in page.read_text(encoding="utf-8")
+    assert main([str(tmp_path / "no.ckpt"), str(rendered_mvtec)]) == 1
+    assert "model must be an existing file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [{"image": 1.5}, {"pixel": -0.1}, {"image": float("nan")}])
+def test_thresholds_out_of_range_are_refused(tmp_path: Path, arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be a threshold"):
+        set_thresholds(tmp_path / "model.ckpt", **arguments)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must be one of anomalib"):
+        set_thresholds(tmp_path / "model.ckpt", image=0.5)
