@@ -140,7 +140,7 @@ class CenterIndex(nn.Module):
         surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(1, 2)
         half_norms, members = (F.embedding(probes, of).flatten(1) for of in (self.half_norms, self.members))
         best = _smallest(half_norms[:, None] - blocks @ surrounding.mT, count)
-        first = torch.arange(len(members), device=members.device)[:, None, None] * (_GROUP * _PROBES)
+        first = torch.arange(members.shape[0], device=members.device)[:, None, None] * (_GROUP * _PROBES)
         candidates = F.embedding(best + first, members.flatten()[:, None])[..., 0]
         rows = (height + _SIDE - 1) // _SIDE
         whole: Tensor = rearrange(candidates, "(b i j) (y x) c -> b (i y) (j x) c", b=batch, i=rows, y=_SIDE)

@@ -3,11 +3,17 @@
 import logging
 
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_BEFORE_THE_BANK: dict[type[Callback], str] = {
+    BatchSizeFinder: "it takes steps",
+    LearningRateFinder: "it takes steps",
+    WeightAveraging: "it copies the model",
+}
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -24,6 +30,11 @@ def check_trainer(trainer: Trainer) -> None:
     if trainer.training and trainer.limit_train_batches == 0:
         msg = "limit_train_batches must leave at least one batch to train on, but is 0"
         raise ValueError(msg)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own type lacks it
+        for kind, reason in _BEFORE_THE_BANK.items():
+            if trainer.training and isinstance(callback, kind):
+                msg = f"callbacks must not have {type(callback).__name__}: {reason} before the memory bank is built"
+                raise ValueError(msg)
 
 
 def warn_without_threshold(post_processor: nn.Module | None) -> None:

@@ -23,6 +23,23 @@ from anomalib_cfa.training.loaders import (
 )
 
 
+class _Replaced:
+    """Stands in for a data module's ``train_dataloader`` during a fit.
+
+    Attributes:
+        own: The data module's own attribute of that name, or None if it has its class's method only.
+        call: What gives the loader meanwhile.
+    """
+
+    def __init__(self, own: Callable[[], DataLoader[Any]] | None) -> None:
+        self.own = own
+        self.call: Callable[[], DataLoader[Any]] | None = None
+
+    def __call__(self) -> DataLoader[Any]:
+        assert self.call is not None
+        return self.call()
+
+
 class TrainingFeatures:
     """Gives the pooled feature pyramids of training batches, for the length of one fit.
 
@@ -45,14 +62,25 @@ class TrainingFeatures:
         self.store: FeatureStore | None = None
         self.datamodule: Any = getattr(module.trainer, "datamodule", None)
         if isinstance(self.datamodule, AnomalibDataModule):
-            self.detach()  # what an interrupted fit left
-            original = self.datamodule.train_dataloader
-            vars(self.datamodule)["train_dataloader"] = partial(self._training_loader, original)
+            # What an interrupted fit left is put back first.
+            TrainingFeatures.give_back(self.datamodule)
+            replaced = _Replaced(vars(self.datamodule).get("train_dataloader"))
+            replaced.call = partial(self._training_loader, self.datamodule.train_dataloader)
+            vars(self.datamodule)["train_dataloader"] = replaced
 
     def detach(self) -> None:
         """Give the data module its own loader back."""
         if self.datamodule is not None:
-            vars(self.datamodule).pop("train_dataloader", None)
+            self.give_back(self.datamodule)
+
+    @staticmethod
+    def give_back(datamodule: Any) -> None:  # noqa: ANN401 - anomalib's
+        """Undo what a fit did to a data module; nothing if none did."""
+        replaced = vars(datamodule).get("train_dataloader")
+        if isinstance(replaced, _Replaced):
+            del vars(datamodule)["train_dataloader"]
+            if replaced.own is not None:
+                vars(datamodule)["train_dataloader"] = replaced.own
 
     def _training_loader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
         loader = original()

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,22 +26,33 @@ Item: TypeAlias = tuple[int, int, "DatasetItem[Any] | None"]
 class IndexedBatch:
     """A training batch of which only the images whose features are not kept had to be read.
 
+    To callbacks it says what anomalib's ``ImageBatch`` does, but for the pixels.
+
     Attributes:
+        image_path: Each image's file.
         index: Each image's place in the data set, of shape (B,).
         signature: What :func:`file_signature` said of each image's file, of shape (B,).
         missing: True where the features are not kept, of shape (B,).
         image: The images that are missing, of shape (missing, 3, H, W), or None. Pre-processors know this name.
+        gt_label: False for each, as training images are normal, of shape (B,).
         gt_mask: None always; pre-processors know this name, too.
     """
 
+    image_path: list[str]
     index: Tensor
     signature: Tensor
     missing: Tensor
     image: Tensor | None
+    gt_label: Tensor
     gt_mask: None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def batch_size(self) -> int:
+        """How many images it is of, read or not."""
+        return len(self)
 
 
 class FeatureStore:
@@ -151,14 +163,16 @@ class IndexedDataset(Dataset[Any]):
     @property
     def collate_fn(self) -> Callable[[Sequence[Item]], IndexedBatch]:
         """Makes a batch of items."""
-        return _collate
+        return partial(_collate, self.paths)
 
 
-def _collate(items: Sequence[Item]) -> IndexedBatch:
+def _collate(paths: Sequence[str], items: Sequence[Item]) -> IndexedBatch:
     index, signature, images = zip(*items, strict=True)
     read: Any = [image for image in images if image is not None]
     stacked: Any = ImageBatch.collate(read) if read else None
     return IndexedBatch(
+        image_path=[str(paths[place]) for place in index],
+        gt_label=torch.zeros(len(index), dtype=torch.bool),
         index=torch.tensor(index),
         signature=torch.tensor(signature),
         missing=torch.tensor([image is not None for image in images]),

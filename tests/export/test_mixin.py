@@ -60,6 +60,23 @@ def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path)
             assert_agree(run_openvino(openvino_path, image), predict(model, image))
 
 
+def test_a_bank_that_is_searched_in_two_levels_agrees(tmp_path):
+    model = fitted(tiny())
+    network = model.model
+    with torch.no_grad():
+        described = network.describe(network.pyramid(torch.rand(64, 3, 64, 96))).flatten(0, 2)
+    network.assign_bank(described[torch.randperm(len(described))[:1300]])
+    network.calibration.mean.uniform_(0, 0.1)
+    network.calibration.deviation.uniform_(0.1, 0.2)
+    assert network.memory_bank.index.has_two_levels
+    onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
+    for size, batch in ((IMAGE_SIZES[0], 1), (IMAGE_SIZES[1], 3)):
+        image = torch.rand(batch, 3, *size)
+        expected = predict(model, image)
+        assert_agree(run_onnx(onnx_path, image), expected)
+        assert_agree(run_openvino(openvino_path, image), expected)
+
+
 def test_both_views_are_exported(tmp_path):
     model = fitted(tiny(center_view=True))
     onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)

@@ -15,7 +15,8 @@ def pyramid(count, seed=0):
 
 def batch(index, missing):
     index, missing = torch.tensor(index), torch.tensor(missing)
-    return IndexedBatch(index, signature=index + 100, missing=missing, image=None)
+    paths, labels = [f"{place}.png" for place in index.tolist()], torch.zeros(len(index), dtype=torch.bool)
+    return IndexedBatch(paths, index, signature=index + 100, missing=missing, image=None, gt_label=labels)
 
 
 @pytest.mark.parametrize("budget", [2**20, 0], ids=["memory", "file"])
