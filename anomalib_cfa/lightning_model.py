@@ -151,9 +151,12 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
 
     def _build(self) -> None:
         """Build the network and the loss from the hyper-parameters."""
-        arguments = {name: self.hparams[name] for name in signature(CfaModel).parameters} | {
-            "image_size": self.input_size
-        }
+        # A size in a user's own pre-processor is checked when images come, unless the backbone is built for it:
+        # anomalib's tiled ensemble builds throw-away models of 10 x 10 pixels.
+        is_own = "pre_processor" not in self._given
+        needed = is_own or find_backbone(self.hparams["backbone"]).is_of_one_size
+        arguments = {name: self.hparams[name] for name in signature(CfaModel).parameters}
+        arguments["image_size"] = self.input_size if needed else None
         self.model: CfaModel = CfaModel(**arguments)
         self.loss = CfaLoss(**{name: self.hparams[name] for name in signature(CfaLoss).parameters})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -116,10 +117,8 @@ def warn_of_other_statistics(pre_processor: nn.Module | None, backbone: Backbone
         pre_processor: The user's own.
         backbone: The backbone that reads its images.
     """
-    transform = getattr(pre_processor, "transform", None)
-    parts = transform.modules() if isinstance(transform, nn.Module) else ()
-    for part in parts:
-        if isinstance(part, v2.Normalize) and not _agree(part, backbone):
+    for part in extract_transforms_by_type(getattr(pre_processor, "transform", None), v2.Normalize):
+        if not _agree(part, backbone):
             logger.warning(
                 "The pre_processor normalizes with mean %s and std %s, but the weights of %s were trained with "
                 "%s and %s",

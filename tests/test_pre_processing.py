@@ -175,3 +175,12 @@ def test_a_users_own_normalization_is_left_alone_with_a_warning(caplog: pytest.L
         pre_processor=configure_pre_processor(64, None, [0.5] * 3, [0.5] * 3),
     )
     assert "were trained with" not in caplog.text
+
+
+def test_a_size_of_ones_own_is_checked_when_images_come():
+    # Anomalib's tiled ensemble builds throw-away models whose pre-processor has 10 x 10 pixels.
+    model = Cfa("resnet18", pre_trained=False, visualizer=False, pre_processor=Cfa.configure_pre_processor(10))
+    with pytest.raises(ValueError, match="images must be at least 16 pixels a side"):
+        model.model.pyramid(torch.rand(1, 3, 10, 10))
+    with pytest.raises(ValueError, match="images must be at least 16 pixels a side"):
+        Cfa("resnet18", pre_trained=False, visualizer=False, image_size=10)

@@ -36,6 +36,7 @@ class Backbone:
         width_multiplier: What the descriptor's width is multiplied with.
         mean: What the weights were trained to have subtracted from an image's channels, in [0, 1].
         std: What they were trained to have them divided by after that.
+        is_of_one_size: Whether the network is built for images of one size.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Backbone:
     width_multiplier: int = 1
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    is_of_one_size: bool = False
 
 
 def find_backbone(name: str) -> Backbone:
@@ -71,7 +73,13 @@ def find_backbone(name: str) -> Backbone:
 
     if "." not in full_name and config.tag:
         full_name = f"{full_name}.{config.tag}"
-    found = Backbone(full_name, bool(config.has_weights), mean=tuple(config.mean), std=tuple(config.std))
+    found = Backbone(
+        full_name,
+        bool(config.has_weights),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        is_of_one_size=bool(config.fixed_input_size),
+    )
     match architecture:
         case "vgg19_bn":
             return replace(found, layers=_VGG19_LAYERS)

@@ -72,11 +72,11 @@ def test_threads_may_copy_and_pickle_a_model_that_predicts(model):
 
 @pytest.mark.parametrize("kind", SEARCH_KINDS)
 def test_the_first_searches_for_targets_may_come_from_several_threads(kind):
-    bank = fit_to_noise(tiny_cfa(search=kind)).model.memory_bank.train()
-    queries = torch.rand(64, bank.centers.shape[1]).requires_grad_()
+    bank = fit_to_noise(tiny_cfa(search=kind)).model.memory_bank
+    queries = torch.rand(1, 8, 8, bank.centers.shape[1]).requires_grad_()
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(count(quick=2, soak=50)):
-            bank.search.reset()
+            bank._index = None
             found = list(pool.map(lambda k: bank.nearest(queries, k), [6] * THREADS))
             for squared, indices in found[1:]:
                 assert torch.equal(squared, found[0][0])
