@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from anomalib.engine import Engine
 from harness import Result, Store, Task, carry_out, figure, markdown_table, spread, write_report
-from harness.arguments import base_parser, file, folder_of_a_set
+from harness.arguments import file, parser_for_sets
 from harness.images import ImageSet, load_image
 from harness.metrics import METRICS, raw_evaluator
 from harness.models import ANOMALIB_CFA, CFA, MODELS, bank_size, build_model
@@ -45,17 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = base_parser(__doc__)
-    parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
+    parser = parser_for_sets(__doc__)
     parser.add_argument("--weights-path", type=file, required=True, help="of the backbone, with timm's keys")
     parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable; default: all")
     parser.add_argument("--size", type=int, action="append", help="of the images; repeatable; default: 256")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--train-images", type=int, action="append", help="repeatable; default: all")
     parser.add_argument("--anomalib-epochs", type=int, default=1, help="of anomalib's Cfa; default: %(default)s")
     parser.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of this Cfa")
-    parser.add_argument("--test-step", type=int, default=1, help="test each n-th image only, for a quick look")
     return parser
 
 

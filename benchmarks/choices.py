@@ -17,7 +17,7 @@ from typing import Any
 
 import accuracy
 from harness import Result, Store, Task, carry_out, markdown_table, write_report
-from harness.arguments import Backbones, base_parser, folder_of_a_set
+from harness.arguments import Backbones, parser_for_sets
 from harness.metrics import METRICS
 from harness.models import CFA
 from harness.tables import write_csv
@@ -58,14 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = base_parser(__doc__)
-    parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
+    parser = parser_for_sets(__doc__)
     parser.add_argument("--backbone", action=Backbones, required=True, metavar="NAME=FILE", help="repeatable")
     parser.add_argument("--group", action="append", choices=list(GROUPS), help="repeatable; default: all")
     parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--train-images", type=int, help="at most so many; default: all")
-    parser.add_argument("--test-step", type=int, default=1, help="test each n-th image only, for a quick look")
     return parser
 
 
