@@ -104,3 +104,25 @@ def test_a_benchmark_trains_as_its_training_configs_do(benchmark, training):
     for config in wanted:
         assert section["trainer"]["max_epochs"] == config["trainer"]["max_epochs"]
         assert section["data"]["init_args"]["train_batch_size"] == config["data"]["init_args"]["train_batch_size"]
+
+
+def test_names_of_0_1_0_in_a_config_are_read_with_a_warning(tmp_path):
+    path = tmp_path / "old.yaml"
+    arguments = {
+        "backbone": "resnet18",
+        "pre_trained": False,
+        "descriptor_start": "random",
+        "nu": 0.01,
+        "search": "ivf",
+    }
+    config = {"model": {"class_path": "Cfa", "init_args": arguments}, "data": {"class_path": "MVTecAD"}}
+    path.write_text(yaml.safe_dump(config))
+    with pytest.warns(FutureWarning) as warned:
+        model = Engine.from_config(path)[1]
+    assert model.hparams["whitening"] is None
+    assert model.hparams["search"] == "two_level"
+    assert not {"descriptor_start", "nu", "beta"} & set(model.hparams)
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "descriptor_start is part of whitening now" in said
+    assert "nu" in said
+    assert "two_level" in said

@@ -45,7 +45,10 @@ def _run(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     parser = ArgumentParser(f"{_PROGRAM} report", description="Write the report of a benchmark's run.")
     parser.add_argument("folder", type=Path, help="The run's folder; the report goes there too.")
-    print(f"Report: {write_report(parser.parse_args(arguments).folder)}")
+    report = write_report(parser.parse_args(arguments).folder)
+    print(f"Report: {report}")
+    for page in sorted((report.parent / "inspections").glob("*.html")):
+        print(f"Inspection page: {page}")
     return 0
 
 

@@ -41,3 +41,12 @@ def test_published_figures_stand_only_beside_the_data_set_that_they_are_of(first
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "at least one result" in capsys.readouterr().err
+
+
+def test_the_command_says_where_the_report_and_the_inspection_pages_lie(first_run, capsys):
+    root = first_run.folder.root
+    assert main(["report", str(root)]) == 0
+    said = capsys.readouterr().out
+    pages = sorted((root / "inspections").glob("*.html"))
+    assert pages
+    assert all(f"Inspection page: {page}" in said for page in pages)
