@@ -47,6 +47,7 @@ class PatchDescriptor(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
         self.register_buffer("feature_mean", torch.zeros(sum(channels)))
         self.register_buffer("feature_scale", torch.ones(()))
+        self._exported: list[Tensor] = []
         # PyTorch's own initialisation of a 1x1 convolution, from a generator of its own: a seed that the caller sets
         # (or forgets to set) must not change the bank that is built with these weights.
         bound = (sum(channels) + 2) ** -0.5
@@ -89,6 +90,16 @@ class PatchDescriptor(nn.Module):
         offset = self.bias - feature_weight @ self.feature_mean
         return torch.cat([feature_weight, coordinate_weight], dim=1), offset
 
+    @torch.no_grad()
+    def prepare_export(self) -> None:
+        """Work out the weights, which an exported graph would compute from others, in bfloat16 in OpenVINO."""
+        self._exported = [part.contiguous().clone() for part in self._parts()]
+
+    def _parts(self) -> list[Tensor]:
+        """Weights of each level, of shape (C_l, D), of y and of x, of shape (1, D), and the offset, of shape (D,)."""
+        weight, offset = self.affine()
+        return [*weight.T.split([*self.channels, 1, 1]), offset]
+
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Describe every patch of the finest level.
 
@@ -98,8 +109,7 @@ class PatchDescriptor(nn.Module):
         Returns:
             Patch descriptors of shape (B, h, w, D), h and w being the finest level's.
         """
-        weight, offset = self.affine()
-        finest, *coarser, of_y, of_x = weight.T.split([*self.channels, 1, 1])
+        finest, *coarser, of_y, of_x, offset = self._exported if torch.compiler.is_exporting() else self._parts()
         maps = [rearrange(level, "b c h w -> b h w c") for level in pyramid]
         batch, height, width, _ = maps[0].shape
         y, x = (coordinates(size).to(maps[0]) for size in (height, width))

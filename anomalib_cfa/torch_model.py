@@ -251,7 +251,8 @@ class CfaModel(nn.Module):
         neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
         squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
         distances = squared.sqrt()
-        nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances[..., 0]
+        # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
+        nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
         if self.score in {"softmin", "nearest"}:
             return nearest, nearest
         calibrated: Tensor = self.calibration(nearest, indices[..., 0])

@@ -114,10 +114,11 @@ class CenterCalibration(DynamicBufferMixin):
         Returns:
             Scores of the same shape.
         """
-        # As a product and a sum of looked-up numbers it keeps its float32 mark in OpenVINO.
+        # As a product and a sum of looked-up numbers, flattened and not indexed, it stays in float32 in OpenVINO.
         scale = 1 / self.deviation[:, None]
         shift = -self.mean[:, None] * scale
-        scores: Tensor = distances * F.embedding(indices, scale)[..., 0] + F.embedding(indices, shift)[..., 0]
+        of_scale, of_shift = (F.embedding(indices, table).flatten(-2) for table in (scale, shift))
+        scores: Tensor = distances * of_scale + of_shift
         return scores
 
 

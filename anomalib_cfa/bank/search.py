@@ -46,9 +46,7 @@ class CenterIndex(nn.Module):
     origin: Tensor
     directions: Tensor
     table: Tensor
-    half_norms: Tensor
     means: Tensor
-    half_mean_norms: Tensor
     members: Tensor
 
     @torch.no_grad()
@@ -62,19 +60,20 @@ class CenterIndex(nn.Module):
         directions = torch.eye(width, device=centers.device)
         if self.has_two_levels and width > _DIRECTIONS:
             directions = _principal_directions(centers - origin)
-        table = (centers - origin) @ directions
-        half_norms = table.square().sum(dim=1) / 2
+        projected = (centers - origin) @ directions
+        table = _with_half_norm(projected)
         buffers = {"centers": centers, "origin": origin, "directions": directions}
         if self.has_two_levels:
-            groups = _part(table, torch.arange(count, device=table.device), -(-count // _GROUP))
+            groups = _part(projected, torch.arange(count, device=table.device), -(-count // _GROUP))
             members = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=count)
             members = F.pad(members, (0, _GROUP - members.shape[1]), value=count)
-            means = torch.stack([table[group].mean(dim=0) for group in groups])
-            buffers |= {"members": members, "means": means, "half_mean_norms": means.square().sum(dim=1) / 2}
+            means = torch.stack([projected[group].mean(dim=0) for group in groups])
+            buffers |= {"members": members, "means": _with_half_norm(means)}
             # Laid out by groups, which are read as a whole; one more row is for places without a centre.
-            table = F.pad(table, (0, 0, 0, 1))[members].flatten(1)
-            half_norms = F.pad(half_norms, (0, 1), value=_FAR)[members]
-        for name, tensor in (buffers | {"table": table, "half_norms": half_norms}).items():
+            nowhere = torch.zeros_like(table[:1])
+            nowhere[:, -1] = _FAR
+            table = torch.cat([table, nowhere])[members].flatten(1)
+        for name, tensor in (buffers | {"table": table}).items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
 
     def forward(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -130,20 +129,22 @@ class CenterIndex(nn.Module):
 
     def _candidates(self, queries: Tensor, k: int) -> Tensor:
         """Centres that may be the nearest ones, of shape (B, h, w, candidates)."""
-        projected = (queries - self.origin) @ self.directions
+        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1).
+        projected = (self.origin - queries) @ self.directions
+        projected = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
         if not self.has_two_levels:
-            return _smallest(self.half_norms - projected @ self.table.T, count)
+            return _smallest(projected @ self.table.T, count)
         batch, height, width, _ = queries.shape
         blocks = _in_blocks(projected)
-        probes = _smallest(self.half_mean_norms - blocks.mean(dim=1) @ self.means.T, _PROBES)
+        probes = _smallest(blocks.mean(dim=2) @ self.means.T, _PROBES)
         surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(1, 2)
-        half_norms, members = (F.embedding(probes, of).flatten(1) for of in (self.half_norms, self.members))
-        best = _smallest(half_norms[:, None] - blocks @ surrounding.mT, count)
+        best = _smallest(surrounding @ blocks, count, dim=1)
+        members = F.embedding(probes, self.members).flatten(1)
         first = torch.arange(members.shape[0], device=members.device)[:, None, None] * (_GROUP * _PROBES)
         candidates = F.embedding(best + first, members.flatten()[:, None])[..., 0]
         rows = (height + _SIDE - 1) // _SIDE
-        whole: Tensor = rearrange(candidates, "(b i j) (y x) c -> b (i y) (j x) c", b=batch, i=rows, y=_SIDE)
+        whole: Tensor = rearrange(candidates, "(b i j) c (y x) -> b (i y) (j x) c", b=batch, i=rows, y=_SIDE)
         return whole[:, :height, :width]
 
     def _measure_in_graph(self, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -157,18 +158,23 @@ class CenterIndex(nn.Module):
 
 
 def _in_blocks(patches: Tensor) -> Tensor:
-    """Patches of shape (B, h, w, d) as square blocks of them, of shape (blocks, 16, d); the last ones are repeated."""
+    """Patches of shape (B, h, w, d) as square blocks of them, of shape (blocks, d, 16); the last ones are repeated."""
     for axis in (1, 2):
         size = patches.shape[axis]
         wanted = (size + _SIDE - 1) // _SIDE * _SIDE
         patches = patches.index_select(axis, torch.arange(wanted, device=patches.device).clamp(max=size - 1))
-    blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> (b i j) (y x) d", y=_SIDE, x=_SIDE)
+    blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> (b i j) d (y x)", y=_SIDE, x=_SIDE)
     return blocks
 
 
-def _smallest(ranks: Tensor, k: int) -> Tensor:
-    """Indices of each row's k smallest values, in any order."""
-    return ranks.topk(k, dim=-1, largest=False, sorted=False).indices
+def _with_half_norm(vectors: Tensor) -> Tensor:
+    """Vectors, and half of their squared norms as one more column."""
+    return torch.cat([vectors, vectors.square().sum(dim=1, keepdim=True) / 2], dim=1)
+
+
+def _smallest(ranks: Tensor, k: int, dim: int = -1) -> Tensor:
+    """Indices of the k smallest values along a dimension, in any order."""
+    return ranks.topk(k, dim=dim, largest=False, sorted=False).indices
 
 
 def _principal_directions(centered: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ class CfaExport(ExportMixin):
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
         assert memory_bank.index  # built now: a graph cannot build it
+        self.model.descriptor.prepare_export()
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}
         self.eval()
