@@ -1,6 +1,7 @@
 """What several test modules share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ def _given(variable: str, what: str) -> Path:
     path = Path(value)
     assert path.exists(), f"{variable} names {path}, which does not exist"
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_handler_of_dead_children():
+    """Take away the handler that torch's data loaders leave behind, which outlives them.
+
+    Where oneDNN has computed with AMX, a handler does not fit on the alternate signal stack any more: the next process
+    that ends would kill this one by SIGSEGV.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
