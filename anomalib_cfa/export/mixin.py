@@ -158,13 +158,13 @@ class CfaExport(ExportMixin):
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Check that the model can be exported, and bring it into a state for that, and back."""
-        memory_bank: Any = self.model.memory_bank
-        if not memory_bank.is_built:
+        model: Any = self.model
+        if not model.memory_bank.is_built:
             msg = "The model must be fitted before it is exported, but has no memory bank: fit it, or load a checkpoint"
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
-        assert memory_bank.index  # built now: a graph cannot build it
-        self.model.descriptor.prepare_export()
+        assert model.memory_bank.index  # built now: a graph cannot build it
+        model.descriptor.prepare_export()
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}
         self.eval()
