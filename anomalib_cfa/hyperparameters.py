@@ -12,6 +12,7 @@ from torch import nn
 from anomalib_cfa.bank import BANK_BUILDERS, SEARCH_KINDS
 
 SCORES = ("local", "nearest", "softmin", "calibrated")
+DEFAULT_FALSE_ALARM_RATE = 0.01
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words, and whether one is that."""
@@ -97,6 +98,7 @@ RULES: dict[str, Rule] = {
     ),
     "image_size": _SIZE,
     "center_crop_size": _SIZE,
+    "false_alarm_rate": ("a number above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1),
     "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
 }
 
@@ -124,6 +126,10 @@ def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
                     f"sizes, but {name} is {hyperparameters[name]!r}"
                 )
                 raise ValueError(msg)
+    rate = hyperparameters.get("false_alarm_rate", DEFAULT_FALSE_ALARM_RATE)
+    if hyperparameters.get("post_processor", True) is not True and rate != DEFAULT_FALSE_ALARM_RATE:
+        msg = f"false_alarm_rate must not be given beside a post_processor, which has its own rule, but is {rate!r}"
+        raise ValueError(msg)
 
 
 def check_width(channels: int, gamma_d: int) -> None:

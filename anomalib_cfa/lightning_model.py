@@ -23,12 +23,13 @@ from torch import Tensor
 from anomalib_cfa import pre_processing
 from anomalib_cfa.export import CfaExport
 from anomalib_cfa.features.backbones import find_backbone
-from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
+from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain_list
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
+from anomalib_cfa.post_processing import OneClassPostProcessor
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training.checks import check_trainer, warn_without_threshold
+from anomalib_cfa.training.checks import check_trainer, do_without_validation, warn_without_threshold
 from anomalib_cfa.training.features import TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
@@ -58,7 +59,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         radius: The hyperspheres' radius r, where it starts if it is learned.
         pre_processor: Anomalib's, or True for a resize to ``image_size``, a crop to ``center_crop_size``, and
             the normalization that the backbone's weights were trained with.
-        post_processor: Anomalib's, or True for its default.
+        post_processor: Anomalib's, or True for an :class:`~anomalib_cfa.post_processing.OneClassPostProcessor`.
         evaluator: Anomalib's, or True for :meth:`configure_evaluator`.
         visualizer: Anomalib's, or True for its default.
         layers: Layers of the backbone to take features from. None: those of strides 8 and 16, a
@@ -85,6 +86,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         seed: Governs the descriptor's start, K-means and the order of images.
         image_size: Height and width to resize to, or one number for both. Only without a ``pre_processor``.
         center_crop_size: Height and width to crop to after that. Only without a ``pre_processor``.
+        false_alarm_rate: The share of normal images, and of their pixels, that may lie above the thresholds where no
+            validation image is defective. Only without a ``post_processor``.
         feature_budget: GiB of memory in which the backbone's features of the training images may be kept across
             epochs; those of larger data sets go to a temporary file in the run's folder. 0 keeps none.
 
@@ -125,6 +128,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         seed: int = 0,
         image_size: list[int] | int | None = None,
         center_crop_size: list[int] | int | None = None,
+        false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE,
         feature_budget: float = 1.0,
         **old_names: Any,  # noqa: ANN401 - arguments of 0.1.0
     ) -> None:
@@ -181,6 +185,10 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         size = 256 if image_size is None else image_size
         return pre_processing.configure_pre_processor(size, center_crop_size, **statistics)
 
+    def configure_post_processor(self) -> PostProcessor:
+        """Anomalib's, which also finds thresholds from normal images alone."""
+        return OneClassPostProcessor(self.hparams["false_alarm_rate"])
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Image AUROC and F1, pixel AUROC, F1 and AUPRO in tests; image and pixel AUROC in validation."""
@@ -226,6 +234,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
         check_trainer(self.trainer)
+        do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
             seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
             self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
@@ -306,8 +315,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             self._finish_calibration()
 
     def on_train_epoch_end(self) -> None:
-        """The same without a validation, before the checkpoint is written."""
+        """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
         self._finish_calibration()
+        post_processor = self.post_processor
+        if isinstance(post_processor, OneClassPostProcessor) and not sum(self.trainer.num_val_batches):
+            assert self._features is not None
+            for predicted in self._features.predict_out_of_bag(Processes.of(self.trainer.strategy)):
+                post_processor.update(predicted)
+            post_processor.finish("training images, each scored without the centres that it gave")
 
     def _finish_calibration(self) -> None:
         self.model.finish_calibration(Processes.of(self.trainer.strategy))

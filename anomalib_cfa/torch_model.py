@@ -247,9 +247,13 @@ class CfaModel(nn.Module):
             raise ValueError(msg)
         return of_map, of_image
 
-    def _block_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _block_scores(self, pyramid: Sequence[Tensor], images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        squared, indices = self.memory_bank.nearest(self.describe(pyramid).detach(), neighbors)
+        descriptors = self.describe(pyramid).detach()
+        if images is None:
+            squared, indices = self.memory_bank.nearest(descriptors, neighbors)
+        else:
+            squared, indices = self.memory_bank.nearest_elsewhere(descriptors, neighbors, images)
         distances = squared.sqrt()
         # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
         nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
@@ -281,8 +285,31 @@ class CfaModel(nn.Module):
             maps = [average_views(whole, center) for whole, center in zip(maps, central, strict=True)]
         return InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
+    def predict_out_of_bag(
+        self, pyramid: Sequence[Tensor], images: Tensor, image_size: tuple[int, int]
+    ) -> Iterator[InferenceBatch]:
+        """Predict training images as if they were new: without the centres that they gave.
+
+        The view of the centre, if there is one, is left out.
+
+        Args:
+            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+            images: Each image's place in the training set, of shape (B,).
+            image_size: Height and width of the images in pixels.
+
+        Yields:
+            Predictions of some of the images, as :meth:`forward` gives them.
+        """
+        for block in self.blocks(pyramid):
+            own, images = images[: len(block[0])], images[len(block[0]) :]
+            maps = self._smoothed(self._block_scores(block, own), image_size)
+            yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
+
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The anomaly map and, where the image's score has another one, that, each of shape (B, H, W)."""
-        of_map, of_image = self.patch_scores(self.pyramid(images))
-        chosen = [of_map, of_image] if self.score == "local" else [of_map]
-        return [self.anomaly_map_generator(scores, images.shape[-2:]) for scores in chosen]
+        return self._smoothed(self.patch_scores(self.pyramid(images)), images.shape[-2:])
+
+    def _smoothed(self, patch_scores: tuple[Tensor, Tensor], image_size: Sequence[int]) -> list[Tensor]:
+        height, width = image_size
+        chosen = patch_scores if self.score == "local" else patch_scores[:1]
+        return [self.anomaly_map_generator(scores, (height, width)) for scores in chosen]

@@ -37,6 +37,7 @@ RIGHT = {
     "lr": [1e-3],
     "weight_decay": [0, 5e-4],
     "seed": [0, 42],
+    "false_alarm_rate": [0.01, 0.5],
     "feature_budget": [0, 1.5],
 }
 WRONG = {
@@ -66,6 +67,7 @@ WRONG = {
     "lr": [0, math.inf],
     "weight_decay": [-1],
     "seed": [-1, 0.5, None],
+    "false_alarm_rate": [0, 1, -0.1, math.nan, "1%"],
     "feature_budget": [-1, math.nan],
 }
 

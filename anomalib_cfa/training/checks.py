@@ -2,6 +2,7 @@
 
 import logging
 
+from anomalib.data import AnomalibDataModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
@@ -35,6 +36,13 @@ def check_trainer(trainer: Trainer) -> None:
             if trainer.training and isinstance(callback, kind):
                 msg = f"callbacks must not have {type(callback).__name__}: {reason} before the memory bank is built"
                 raise ValueError(msg)
+
+
+def do_without_validation(trainer: Trainer) -> None:
+    """Run no validation where the data module has no images for one: anomalib would ask for them all the same."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+        trainer.limit_val_batches = 0
 
 
 def warn_without_threshold(post_processor: nn.Module | None) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, InferenceBatch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch, IndexedDataset
@@ -21,6 +22,7 @@ from anomalib_cfa.training.loaders import (
     shard_loader,
     training_loader,
 )
+from anomalib_cfa.training.processes import Processes
 
 
 class _Replaced:
@@ -60,6 +62,7 @@ class TrainingFeatures:
         self.seed = seed
         self.budget = budget
         self.store: FeatureStore | None = None
+        self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
         self.datamodule: Any = getattr(module.trainer, "datamodule", None)
         if isinstance(self.datamodule, AnomalibDataModule):
             # What an interrupted fit left is put back first.
@@ -116,6 +119,9 @@ class TrainingFeatures:
         Returns:
             Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
         """
+        if isinstance(batch.image, Tensor):
+            height, width = batch.image.shape[-2:]
+            self.image_size = height, width
         if not isinstance(batch, IndexedBatch):
             images: Any = batch.image
             return self.model.pyramid(images)
@@ -123,6 +129,19 @@ class TrainingFeatures:
         if batch.image is None:
             return self.store.get(batch.index, self.module.device)
         return self.store.complete(batch, self.model.pyramid(batch.image))
+
+    @torch.no_grad()
+    def predict_out_of_bag(self, processes: Processes) -> Iterator[InferenceBatch]:
+        """Predict this process's share of the images as if they were new, by the centres that others gave.
+
+        Args:
+            processes: Those that share the images.
+        """
+        first = processes.rank
+        for pyramid in tqdm(self, "Scoring the training images", disable=processes.rank != 0, leave=False):
+            images = first + processes.count * torch.arange(len(pyramid[0]))
+            first += processes.count * len(images)
+            yield from self.model.predict_out_of_bag(pyramid, images, self.image_size)
 
     def __len__(self) -> int:
         """Batches of this process's share of the images."""

@@ -12,6 +12,7 @@ import torch
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from tiny import noise
 from torchvision.transforms import v2
@@ -210,7 +211,7 @@ def test_a_checkpoint_of_0_1_0_predicts_as_it_did(rendered_mvtec, tmp_path):
 
 
 def test_labels_without_a_threshold_are_warned_of(rendered_mvtec, tmp_path, caplog):
-    model = Cfa(**TRAINED)
+    model = Cfa(**TRAINED, post_processor=PostProcessor())
     engine(tmp_path, limit_val_batches=0).fit(model, datamodule=mvtec(rendered_mvtec))
     with caplog.at_level(logging.WARNING, logger="anomalib_cfa"):
         predicted(model, rendered_mvtec, tmp_path)

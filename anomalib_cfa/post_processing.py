@@ -1,0 +1,143 @@
+"""Thresholds and normalization: anomalib's where validation has defects, otherwise from normal images alone."""
+
+import logging
+import math
+from typing import Any
+
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import CatMetric, MaxMetric, Metric
+
+from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperparameters
+
+logger = logging.getLogger(__name__)
+
+_PIXEL_STEP = 8  # of so many pixels along each axis one counts: maps are smooth
+_RANGE = 3  # normalized scores are 0 and 1 where a score is so many times as far from the threshold as the median
+_EULER_MASCHERONI = 0.5772156649015329
+
+
+class OneClassPostProcessor(PostProcessor):
+    """Anomalib's post-processor, which also finds thresholds where only normal images are at hand.
+
+    If there are defects among the validation images, thresholds and range are anomalib's, by the best F1. Otherwise the
+    thresholds are such that a stated share of the normal images, and of their pixels, lies above them. The range is
+    such that the normalized score is 1/2 at the threshold, as it always is, and 1/3 at the median.
+
+    Args:
+        false_alarm_rate: That share, above 0 and below 1.
+        **kwargs: Anomalib's own arguments.
+
+    Raises:
+        ValueError: If the rate is out of its range.
+    """
+
+    def __init__(self, false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        check_hyperparameters(false_alarm_rate=false_alarm_rate)
+        self.false_alarm_rate = false_alarm_rate
+        self._image_scores, self._pixel_scores = CatMetric(), CatMetric()
+        self._defects = MaxMetric()
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "false_alarm_rate")
+
+    def update(self, predictions: InferenceBatch | ImageBatch) -> None:
+        """Take in normal images.
+
+        Args:
+            predictions: The model's scores of the images, of shape (B,), and its maps, of shape (B, H, W).
+        """
+        scores: Any = predictions.pred_score
+        maps: Any = predictions.anomaly_map
+        self._image_scores.update(scores)
+        self._pixel_scores.update(maps[:, ::_PIXEL_STEP, ::_PIXEL_STEP].flatten())
+
+    def finish(self, source: str) -> None:
+        """Set thresholds and range from all images taken in, over all processes.
+
+        Args:
+            source: What images they are, for the log.
+        """
+        count = 0
+        for name, metric in (("pixel", self._pixel_scores), ("image", self._image_scores)):
+            scores = metric.compute().flatten()
+            metric.reset()
+            count = len(scores)
+            threshold = threshold_at_rate(scores, self.false_alarm_rate)
+            half_range = _RANGE * (threshold - scores.median())
+            if self.enable_thresholding:
+                getattr(self, f"_{name}_threshold").copy_(threshold)
+            if self.enable_normalization:
+                getattr(self, f"{name}_min").copy_(threshold - half_range)
+                getattr(self, f"{name}_max").copy_(threshold + half_range)
+        logger.info(
+            "The thresholds come from %d %s, for false alarms at %g %% of normal images and of their pixels",
+            count,
+            source,
+            100 * self.false_alarm_rate,
+        )
+        needed = math.ceil(1 / self.false_alarm_rate) - 1
+        if count < needed:
+            logger.warning(
+                "%d normal images are too few to tell which score 1 of %d exceeds: the threshold is extrapolated, and "
+                "more false alarms are likely. With %d images or more it would be read off",
+                count,
+                needed + 1,
+                needed,
+            )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take in a batch."""
+        super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if isinstance(outputs, ImageBatch) and outputs.gt_label is not None:
+            self._defects.update(outputs.gt_label.float())
+            self.update(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set thresholds and range: anomalib's if there was a defect."""
+        if self._defects.update_called and not self._defects.compute():
+            self.finish("normal validation images")
+        else:
+            super().on_validation_epoch_end(trainer, pl_module)
+        for child in self.children():
+            if isinstance(child, Metric):
+                child.reset()
+
+
+def threshold_at_rate(scores: Tensor, rate: float) -> Tensor:
+    """The score that a further normal sample exceeds at a stated rate.
+
+    Of n exchangeable samples, the next one exceeds the k-th smallest with a probability of (n + 1 - k) / (n + 1). Where
+    n is too small for that, the upper end of a Gumbel distribution of the same mean and variance is taken, as an
+    image's score is a maximum; never less than the largest score.
+
+    Args:
+        scores: Of normal samples, of shape (n,).
+        rate: Above 0 and below 1.
+
+    Returns:
+        The threshold, a scalar.
+
+    Example:
+        >>> import torch
+        >>> threshold_at_rate(torch.arange(199.0), 0.01)
+        tensor(197.)
+    """
+    count = len(scores)
+    rank = math.ceil((count + 1) * (1 - rate) - 1e-9)
+    if rank <= count:
+        return scores.kthvalue(rank).values
+    scale = scores.std(correction=min(1, count - 1)) * math.sqrt(6) / math.pi
+    extrapolated = scores.mean() - scale * (_EULER_MASCHERONI + math.log(-math.log1p(-rate)))
+    return extrapolated.maximum(scores.max())

@@ -1,0 +1,169 @@
+import logging
+import math
+
+import pytest
+import torch
+from anomalib.data import Folder, ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anomalib_cfa import Cfa
+from anomalib_cfa.post_processing import OneClassPostProcessor, threshold_at_rate
+from tests.support.tiny import noise, tiny_cfa
+from tests.test_lightning_model import engine, mvtec
+
+
+def batch(scores, labels) -> ImageBatch:
+    scores = torch.tensor(scores)
+    maps = scores[:, None, None].expand(-1, 8, 8).clone()
+    masks = torch.tensor(labels)[:, None, None].expand(-1, 8, 8)
+    fields = {"image": noise(len(scores), 8, 8), "gt_label": torch.tensor(labels), "gt_mask": masks}
+    return ImageBatch(pred_score=scores, anomaly_map=maps, **fields)
+
+
+def validated(processor, scores, labels):
+    for start in range(0, len(scores), 4):
+        one = batch(scores[start : start + 4], labels[start : start + 4])
+        processor.on_validation_batch_end(None, None, one, None, 0)
+    processor.on_validation_epoch_end(None, None)
+    return processor
+
+
+@given(
+    scores=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300),
+    rate=st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.5]),
+)
+def test_no_more_scores_than_asked_for_exceed_the_threshold(scores, rate):
+    scores = torch.tensor(scores)
+    threshold = threshold_at_rate(scores, rate)
+    assert (scores > threshold).sum() <= rate * (len(scores) + 1)
+    assert threshold <= scores.max() or rate * (len(scores) + 1) < 1
+
+
+@pytest.mark.parametrize("count", [8, 50, 99, 500])
+def test_a_further_normal_image_exceeds_the_threshold_about_as_often_as_asked(count):
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(300):
+        gumbel = -torch.empty(count + 200).exponential_(generator=generator).log()
+        rates.append((gumbel[count:] > threshold_at_rate(gumbel[:count], 0.01)).float().mean())
+    assert torch.stack(rates).mean() < {8: 0.05, 50: 0.02}.get(count, 0.0125)
+
+
+def test_normal_validation_images_set_threshold_and_range():
+    scores = [float(score) for score in range(200)]
+    processor = validated(OneClassPostProcessor(0.1), scores, [False] * 200)
+    assert processor.image_threshold == processor.pixel_threshold == 180
+    low, middle, high = (processor(InferenceBatch(pred_score=torch.tensor([s]), anomaly_map=torch.full((1, 8, 8), s)))
+                         for s in (99.0, 180.0, 10_000.0))  # fmt: skip
+    assert low.pred_score.item() == pytest.approx(1 / 3, abs=1e-6)
+    assert (middle.pred_score.item(), high.pred_score.item()) == (0.5, 1)
+    assert (low.pred_label.item(), middle.pred_label.item(), high.pred_label.item()) == (False, False, True)
+
+
+def test_with_defects_among_the_validation_images_all_is_as_anomalibs_own():
+    scores, labels = [1.0, 2.0, 3.0, 5.0, 4.0, 6.0], [False, False, False, False, True, True]
+    ours, theirs = validated(OneClassPostProcessor(), scores, labels), validated(PostProcessor(), scores, labels)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_a_validation_forgets_the_one_before():
+    processor = validated(OneClassPostProcessor(0.1), [50.0] * 20, [False] * 20)
+    validated(processor, [1.0, 9.0], [False, True])
+    validated(processor, [2.0] * 20, [False] * 20)
+    assert processor.image_threshold == 2
+
+
+def test_what_is_switched_off_is_not_set():
+    processor = validated(OneClassPostProcessor(enable_thresholding=False), [1.0, 2.0], [False, False])
+    assert math.isnan(processor.image_threshold)
+    assert processor.image_min < processor.image_max
+    processor = validated(OneClassPostProcessor(enable_normalization=False), [1.0, 2.0], [False, False])
+    assert math.isnan(processor.image_min)
+    assert processor.image_threshold >= 2
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, math.nan, "0.01", True])
+def test_a_rate_out_of_range_is_refused(rate):
+    with pytest.raises(ValueError, match=r"^false_alarm_rate must be a number above 0 and below 1, but is "):
+        OneClassPostProcessor(rate)
+
+
+def test_a_rate_beside_a_post_processor_is_refused():
+    with pytest.raises(ValueError, match=r"^false_alarm_rate must not be given beside a post_processor"):
+        tiny_cfa(post_processor=False, false_alarm_rate=0.05)
+
+
+def of_normal_images(root, **arguments) -> Folder:
+    """Normal images, and nothing else."""
+    return Folder("tile", normal_dir="train/good", root=root / "tile", num_workers=0, train_batch_size=4, **arguments)
+
+
+# Anomalib takes a fifth of the images for tests, and half of those for validation: of six, none.
+@pytest.mark.parametrize(
+    ("images", "modes"), [(6, {"val_split_mode": "none", "test_split_mode": "none"}), (5, {})], ids=["none", "empty"]
+)
+@pytest.mark.parametrize("budget", [0, 1.0])
+def test_without_validation_the_thresholds_come_from_training_images(
+    rendered_mvtec, tmp_path, caplog, budget, images, modes
+):
+    model = tiny_cfa(feature_budget=budget)
+    with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
+        run = engine(tmp_path)
+        run.fit(model, datamodule=of_normal_images(rendered_mvtec, **modes))
+    assert f"The thresholds come from {images} training images" in caplog.text
+    assert "too few to tell which score 1 of 100 exceeds" in caplog.text
+    saved = Cfa.load_from_checkpoint(run.trainer.checkpoint_callback.last_model_path or run.best_model_path)
+    for name in ("image_threshold", "pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
+        assert torch.equal(getattr(saved.post_processor, name), getattr(model.post_processor, name))
+        assert torch.isfinite(getattr(model.post_processor, name))
+    assert saved.post_processor.false_alarm_rate == 0.01
+
+
+def test_normal_images_held_out_set_the_thresholds(rendered_mvtec, tmp_path, caplog):
+    model = tiny_cfa()
+    with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
+        held_out = of_normal_images(rendered_mvtec, val_split_mode="from_train", val_split_ratio=0.5)
+        engine(tmp_path).fit(model, datamodule=held_out)
+    assert "2 normal validation images" in caplog.text
+    assert "does not contain any anomalous" not in caplog.text
+    assert torch.isfinite(model.post_processor.image_threshold)
+
+
+def test_defective_validation_images_leave_the_choice_to_anomalib(rendered_mvtec, tmp_path, caplog):
+    model = tiny_cfa()
+    with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
+        engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
+    assert "The thresholds come from" not in caplog.text
+    assert torch.isfinite(model.post_processor.image_threshold)
+
+
+@torch.no_grad()
+def test_an_image_is_scored_without_the_centres_that_it_gave():
+    network = tiny_cfa().model.eval()
+    images = noise(6, 64, 64)
+    pyramid = network.pyramid(images)
+    network.fit([pyramid])
+    (left_out,) = network.predict_out_of_bag(pyramid, torch.arange(6), (64, 64))
+    with_all = network(images)
+    assert (left_out.pred_score > with_all.pred_score).all()
+    assert (left_out.anomaly_map >= with_all.anomaly_map - 1e-5).all()
+    (of_new,) = network.predict_out_of_bag(pyramid, torch.full((6,), 99), (64, 64))
+    torch.testing.assert_close(of_new.anomaly_map, with_all.anomaly_map)
+    torch.testing.assert_close(of_new.pred_score, with_all.pred_score)
+
+
+@torch.no_grad()
+def test_the_centres_left_out_are_those_whose_source_is_the_image():
+    network = tiny_cfa().model.eval()
+    pyramid = network.pyramid(noise(6, 64, 64))
+    network.fit([pyramid])
+    bank, descriptors = network.memory_bank, network.describe(pyramid)
+    squared, indices = bank.nearest_elsewhere(descriptors, 1, torch.arange(6))
+    for image in range(6):
+        others = bank.sources[:, 0] != image
+        expected = torch.cdist(descriptors[image].flatten(0, 1), bank.centers[others]).square().amin(dim=1)
+        assert (bank.sources[:, 0][indices[image].flatten()] != image).all()
+        torch.testing.assert_close(squared[image].flatten(), expected, rtol=1e-3, atol=1e-3)
