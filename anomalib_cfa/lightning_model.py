@@ -320,7 +320,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         post_processor = self.post_processor
         if isinstance(post_processor, OneClassPostProcessor) and not sum(self.trainer.num_val_batches):
             assert self._features is not None
-            for predicted in self._features.predict_out_of_bag(Processes.of(self.trainer.strategy)):
+            processes = Processes.of(self.trainer.strategy)
+            for predicted in self._features.predict_out_of_bag(processes, self.training_images):
                 post_processor.update(predicted)
             post_processor.finish("training images, each scored without the centres that it gave")
 

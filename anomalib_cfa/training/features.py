@@ -1,7 +1,8 @@
 """The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,19 @@ class TrainingFeatures:
         return self.store.complete(batch, self.model.pyramid(batch.image))
 
     @torch.no_grad()
-    def predict_out_of_bag(self, processes: Processes) -> Iterator[InferenceBatch]:
+    def predict_out_of_bag(self, processes: Processes, bank_images: Sequence[str]) -> Iterator[InferenceBatch]:
         """Predict this process's share of the images as if they were new, by the centres that others gave.
 
         Args:
             processes: Those that share the images.
+            bank_images: Paths of the images that the memory bank came from, to which its sources refer; others than
+                these, if the bank is that of a fit before.
         """
-        first = processes.rank
+        places = {path: place for place, path in enumerate(bank_images)}
+        known = iter([places.get(path, -1) for path in self.paths()][processes.rank :: processes.count])
+        own = chain(known, count(processes.rank, processes.count))  # no paths: the bank is taken to be of these images
         for pyramid in tqdm(self, "Scoring the training images", disable=processes.rank != 0, leave=False):
-            images = first + processes.count * torch.arange(len(pyramid[0]))
-            first += processes.count * len(images)
+            images = torch.tensor(list(islice(own, len(pyramid[0]))))
             yield from self.model.predict_out_of_bag(pyramid, images, self.image_size)
 
     def __len__(self) -> int:

@@ -1,8 +1,11 @@
+import json
+
 import accuracy
 import choices
 import deployment
 import pytest
 import speed
+import thresholds
 import timm
 import torch
 from harness.models import CFA, PADIM
@@ -93,6 +96,24 @@ def test_variants_without_a_figure_for_every_set_are_left_out():
         {"variant": "half", "data": "b", "x": None},
     ]
     assert choices.averages(rows, "x") == {"whole": {"a": pytest.approx(0.6), "b": 0.9}}
+
+
+def test_thresholds_are_counted_on_both_sides(rendered_mvtec, weights, tmp_path, monkeypatch):
+    in_this_process(monkeypatch, thresholds, tmp_path)
+    line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights), "--backbone", TINY)
+    assert thresholds.main([*line, "--train-images", "5"]) == 0
+    rows = [row.split(" | ") for row in (tmp_path / "thresholds.md").read_text().splitlines() if " 5 | " in row]
+    assert len(rows) == 2 * 2 * 2
+    for _, _, rate, *shares in rows:
+        assert rate in {"1 %", "5 %"}
+        assert all(0 <= float(share.rstrip(" %|")) <= 100 for share in shares)
+    [source] = {result["images"] for task, result in stored(tmp_path) if task["source"] == "held out"}
+    assert source == 4
+
+
+def stored(folder):
+    lines = (folder / "thresholds.jsonl").read_text().splitlines()
+    return [(record["task"], record["result"]) for record in map(json.loads, lines)]
 
 
 def test_speed_measures_each_part(weights, tmp_path, monkeypatch):
