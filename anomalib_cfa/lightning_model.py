@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anomalib_cfa import pre_processing
 from anomalib_cfa.export import CfaExport
+from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain_list
 from anomalib_cfa.loss import CfaLoss
@@ -159,10 +160,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         # anomalib's tiled ensemble builds throw-away models of 10 x 10 pixels.
         is_own = "pre_processor" not in self._given
         needed = is_own or find_backbone(self.hparams["backbone"]).is_of_one_size
-        arguments = {name: self.hparams[name] for name in signature(CfaModel).parameters}
-        arguments["image_size"] = self.input_size if needed else None
-        self.model: CfaModel = CfaModel(**arguments)
-        self.loss = CfaLoss(**{name: self.hparams[name] for name in signature(CfaLoss).parameters})
+
+        def arguments(part: type) -> dict[str, Any]:
+            return {name: self.hparams[name] for name in signature(part).parameters if name in self.hparams}
+
+        size = self.input_size if needed else None
+        patch_features = PatchFeatures(**{**arguments(PatchFeatures), "image_size": size})
+        self.model: CfaModel = CfaModel(patch_features, **arguments(CfaModel))
+        self.loss = CfaLoss(**arguments(CfaLoss))
 
     @staticmethod
     def configure_pre_processor(

@@ -28,12 +28,7 @@ class CfaLoss(nn.Module):
         (tensor(0.), tensor(300.0000))
     """
 
-    def __init__(
-        self,
-        num_nearest_neighbors: int = 3,
-        num_hard_negative_features: int = 3,
-        alpha: float = 0.1,
-    ) -> None:
+    def __init__(self, num_nearest_neighbors: int = 3, num_hard_negative_features: int = 3, alpha: float = 0.1) -> None:
         super().__init__()
         self.num_nearest_neighbors = num_nearest_neighbors
         self.num_hard_negative_features = num_hard_negative_features

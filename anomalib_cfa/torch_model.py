@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
@@ -28,12 +27,14 @@ _NEIGHBORS = 8  # centres, a centre itself among them, whose patches say what is
 class CfaModel(nn.Module):
     """CFA: a frozen backbone, a learned patch descriptor and a memory bank of fixed size (arXiv 2206.04325).
 
-    The arguments are those of :class:`anomalib_cfa.Cfa`, which checks them.
+    Args:
+        patch_features: What gives the pooled features, a frozen backbone.
+        **others: Those of :class:`anomalib_cfa.Cfa`, which checks them.
 
     Example:
         Features from anywhere fit a memory bank:
 
-        >>> model = CfaModel("resnet18", pre_trained=False).eval()
+        >>> model = CfaModel(PatchFeatures("resnet18", pre_trained=False)).eval()
         >>> model.fit([model.pyramid(torch.rand(4, 3, 64, 64))])
         >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
         torch.Size([1, 64, 64])
@@ -41,11 +42,7 @@ class CfaModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "wide_resnet50_2",
-        layers: Sequence[str] | None = None,
-        pre_trained: bool = True,
-        weights_path: str | Path | None = None,
-        image_size: tuple[int, int] | None = None,
+        patch_features: PatchFeatures,
         gamma_c: float | None = None,
         gamma_d: int = 1,
         num_nearest_neighbors: int = 3,
@@ -70,10 +67,10 @@ class CfaModel(nn.Module):
         self.center_view = center_view
         self.seed = seed
 
-        self.patch_features = PatchFeatures(backbone, layers, pre_trained, weights_path, image_size, seed)
-        channels = self.patch_features.width_multiplier * sum(self.patch_features.channels)
+        self.patch_features = patch_features
+        channels = patch_features.width_multiplier * sum(patch_features.channels)
         check_width(channels, gamma_d)
-        self.descriptor = PatchDescriptor(self.patch_features.channels, channels // gamma_d, seed)
+        self.descriptor = PatchDescriptor(patch_features.channels, channels // gamma_d, seed)
         self.memory_bank = MemoryBank(search)
         self.calibration = CenterCalibration()
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)

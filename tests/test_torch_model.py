@@ -5,6 +5,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from anomalib_cfa.anomaly_map import average_views, central_view
+from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.loss import NU, CfaLoss
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
@@ -12,10 +13,13 @@ from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 BACKBONES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "mobilenetv3_small_050"]
 
 
-def built(backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, **options: object) -> CfaModel:
+def built(
+    backbone: str, size: tuple[int, int], seed: int = 0, images: int = 2, layers: list[str] | None = None, **options
+) -> CfaModel:
     """A model with a memory bank of some random images."""
     generator = torch.Generator().manual_seed(seed)
-    model = CfaModel(backbone, pre_trained=False, image_size=size, sigma=1.0, seed=seed, **options)
+    features = PatchFeatures(backbone, layers, pre_trained=False, image_size=size, seed=seed)
+    model = CfaModel(features, sigma=1.0, seed=seed, **options)
     model.num_nearest_neighbors, model.num_hard_negative_features = 1, 0  # however few centres there are
     model.fit([model.pyramid(torch.randn(images, 3, *size, generator=generator))])
     return model
@@ -141,7 +145,7 @@ def test_an_image_scores_the_maximum_of_its_own_map(score):
 
 
 def test_features_from_anywhere_fit_a_bank():
-    model = CfaModel("test_resnet", pre_trained=False)
+    model = CfaModel(PatchFeatures("test_resnet", pre_trained=False))
     features = [
         torch.rand(4, count, 8 >> level, 8 >> level) for level, count in enumerate(model.patch_features.channels)
     ]
@@ -153,7 +157,7 @@ def test_features_from_anywhere_fit_a_bank():
 
 def test_no_image_is_refused():
     with pytest.raises(ValueError, match="normal images must be at least one"):
-        CfaModel("test_resnet", pre_trained=False).fit([])
+        CfaModel(PatchFeatures("test_resnet", pre_trained=False)).fit([])
 
 
 def test_a_prediction_is_that_of_both_views():

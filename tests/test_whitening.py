@@ -36,13 +36,7 @@ def test_a_narrower_map_keeps_the_squared_distance_on_average(power):
 
 
 @settings(max_examples=30)
-@given(
-    channels=st.integers(1, 10),
-    width=st.integers(1, 20),
-    rank=st.integers(0, 10),
-    seed=st.integers(0, 999),
-    power=st.floats(0, 1),
-)
+@given(st.integers(1, 10), st.integers(1, 20), st.integers(0, 10), st.integers(0, 999), st.floats(0, 1))
 def test_any_covariance_gives_a_finite_map(channels, width, rank, seed, power):
     factor = torch.randn(channels, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weight = whitening(factor @ factor.T, width, seed, power)
