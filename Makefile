@@ -29,8 +29,9 @@ lint: $(stamp)
 types: $(stamp)
 	$(bin)/mypy
 
+# A process for each core, with a thread each; a file's tests stay together, as they share what is costly to make.
 pytest: $(stamp)
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist loadfile
 
 soak: $(stamp)
 	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s \
