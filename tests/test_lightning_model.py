@@ -6,31 +6,16 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, MVTecAD
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import OmegaConf
+from tiny import engine, mvtec, tiny_cfa
 from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.lightning_model import DEFAULT_EPOCHS
-
-
-def tiny(**arguments) -> Cfa:
-    """A Cfa of a tiny backbone with random weights."""
-    defaults = {"backbone": "test_resnet.r160_in1k", "pre_trained": False, "image_size": 64, "visualizer": False}
-    return Cfa(**(defaults | arguments))
-
-
-def engine(tmp_path, epochs=1, **arguments) -> Engine:
-    defaults = {"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    return Engine(default_root_dir=tmp_path, **(defaults | arguments))
-
-
-def mvtec(root, **arguments) -> MVTecAD:
-    defaults = {"category": "tile", "train_batch_size": 2, "eval_batch_size": 4, "num_workers": 0}
-    return MVTecAD(root, **(defaults | arguments))
 
 
 class Losses(Callback):
@@ -46,9 +31,9 @@ class Losses(Callback):
 
 @pytest.fixture(scope="module")
 def fitted(rendered_mvtec, tmp_path_factory):
-    model = tiny()
+    model = tiny_cfa()
     folder = tmp_path_factory.mktemp("fitted")
-    run = engine(folder, epochs=2, callbacks=[losses := Losses()])
+    run = engine(folder, max_epochs=2, callbacks=[losses := Losses()])
     run.fit(model, datamodule=mvtec(rendered_mvtec))
     return model, run.trainer.checkpoint_callback.last_model_path or run.best_model_path, losses
 
@@ -60,7 +45,7 @@ def predictions(model, datamodule):
 
 def test_fit_builds_the_bank_and_trains_descriptor_and_radius_but_not_the_backbone(fitted):
     model, _, losses = fitted
-    fresh = tiny()
+    fresh = tiny_cfa()
     patches = 6 * 8 * 8
     assert model.model.memory_bank.centers.shape == (patches // 2, sum(model.model.patch_features.channels))
     assert sum(losses.values[3:]) < sum(losses.values[:3])
@@ -82,7 +67,7 @@ def test_fit_builds_the_bank_and_trains_descriptor_and_radius_but_not_the_backbo
 def test_the_descriptor_starts_as_far_whitened_as_is_asked(rendered_mvtec, tmp_path):
     spreads = []
     for whitening in (0, 0.5, 1):
-        model = tiny(whitening=whitening, lr=1e-9)
+        model = tiny_cfa(whitening=whitening, lr=1e-9)
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
         stretched = torch.linalg.svdvals(model.model.descriptor.weight.detach()[:, :-2])
         spreads.append(float(stretched.max() / stretched.min()))
@@ -105,7 +90,7 @@ def test_images_pass_the_pre_processor_before_the_bank_and_in_training(rendered_
 
     low = []
     transform = Cfa.configure_pre_processor(64).transform
-    model = tiny(pre_processor=Seen(transform), image_size=None)
+    model = tiny_cfa(pre_processor=Seen(transform), image_size=None)
     engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     assert len(low) > 3
     assert max(low) < 0  # pixels are not negative, normalized ones are
@@ -113,9 +98,9 @@ def test_images_pass_the_pre_processor_before_the_bank_and_in_training(rendered_
 
 def test_a_checkpoint_restores_everything_without_weights_file_or_hub(rendered_mvtec, tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
-    state = tiny(seed=3).model.patch_features.network.state_dict()
+    state = tiny_cfa(seed=3).model.patch_features.network.state_dict()
     torch.save({name.removeprefix("model."): value for name, value in state.items()}, weights)
-    model = tiny(pre_trained=True, weights_path=str(weights))
+    model = tiny_cfa(pre_trained=True, weights_path=str(weights))
     run = engine(tmp_path)
     run.fit(model, datamodule=mvtec(rendered_mvtec))
     weights.unlink()
@@ -136,19 +121,19 @@ def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(rendered_mvtec, tmp
             if trainer.current_epoch == 2:
                 raise KeyboardInterrupt
 
-    whole, broken, resumed = tiny(), tiny(), tiny(seed=0)
-    engine(tmp_path / "whole", epochs=4).fit(whole, datamodule=mvtec(rendered_mvtec))
-    run = engine(tmp_path / "broken", epochs=4, callbacks=[Stop()])
+    whole, broken, resumed = tiny_cfa(), tiny_cfa(), tiny_cfa(seed=0)
+    engine(tmp_path / "whole", max_epochs=4).fit(whole, datamodule=mvtec(rendered_mvtec))
+    run = engine(tmp_path / "broken", max_epochs=4, callbacks=[Stop()])
     with pytest.raises(BaseException):  # noqa: B017, PT011 - Lightning turns it into an exit
         run.fit(broken, datamodule=mvtec(rendered_mvtec))
-    run2 = engine(tmp_path / "resumed", epochs=4)
+    run2 = engine(tmp_path / "resumed", max_epochs=4)
     run2.fit(resumed, datamodule=mvtec(rendered_mvtec), ckpt_path=run.best_model_path)
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_second_fit_keeps_the_bank_and_says_so(rendered_mvtec, tmp_path, caplog):
-    model = tiny()
+    model = tiny_cfa()
     engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     bank = model.model.memory_bank.centers.clone()
     with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
@@ -167,7 +152,7 @@ def test_the_same_seed_gives_the_same_model_whatever_the_global_seed(rendered_mv
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        model = tiny(bank=bank, gamma_c=4)
+        model = tiny_cfa(bank=bank, gamma_c=4)
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
         models.append(model.model.state_dict())
     for name, value in models[0].items():
@@ -179,7 +164,7 @@ def test_order_changes_with_the_epoch_and_the_seed(fitted, rendered_mvtec, tmp_p
     assert sorted(chain(*order[:3])) == sorted(chain(*order[3:])) == list(range(6))
     assert order[:3] != order[3:]
     run = engine(tmp_path, callbacks=[other := Losses()])
-    run.fit(tiny(seed=5), datamodule=mvtec(rendered_mvtec))
+    run.fit(tiny_cfa(seed=5), datamodule=mvtec(rendered_mvtec))
     assert other.order != order[:3]
 
 
@@ -189,7 +174,9 @@ def test_training_is_the_same_with_and_without_kept_features(fitted, rendered_mv
     losses.on_train_batch_end = lambda trainer, model, outputs, batch, index: losses.values.append(
         outputs["loss"].item()
     )
-    engine(tmp_path, epochs=2, callbacks=[losses]).fit(tiny(feature_budget=budget), datamodule=mvtec(rendered_mvtec))
+    engine(tmp_path, max_epochs=2, callbacks=[losses]).fit(
+        tiny_cfa(feature_budget=budget), datamodule=mvtec(rendered_mvtec)
+    )
     assert losses.values == pytest.approx(fitted[2].values, rel=0.02)
 
 
@@ -199,17 +186,17 @@ def test_images_are_read_once_where_nothing_random_touches_them(rendered_mvtec, 
     reads = []
     read_image = image.read_image
     monkeypatch.setattr(image, "read_image", lambda path, **kwargs: reads.append(path) or read_image(path, **kwargs))
-    engine(tmp_path, epochs=4, limit_val_batches=0).fit(tiny(), datamodule=mvtec(rendered_mvtec))
+    engine(tmp_path, max_epochs=4, limit_val_batches=0).fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
     assert len(reads) == len(set(reads)) == 6
     augmented = mvtec(rendered_mvtec, train_augmentations=v2.RandomHorizontalFlip())
-    engine(tmp_path, epochs=4, limit_val_batches=0).fit(tiny(), datamodule=augmented)
+    engine(tmp_path, max_epochs=4, limit_val_batches=0).fit(tiny_cfa(), datamodule=augmented)
     assert len(reads) >= 6 + 4 * 6
 
 
 def test_features_are_kept_with_workers_and_limited_batches(rendered_mvtec, tmp_path):
     losses = Losses()
-    run = engine(tmp_path, epochs=3, limit_train_batches=2, callbacks=[losses], limit_val_batches=0)
-    run.fit(tiny(), datamodule=mvtec(rendered_mvtec, num_workers=2))
+    run = engine(tmp_path, max_epochs=3, limit_train_batches=2, callbacks=[losses], limit_val_batches=0)
+    run.fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec, num_workers=2))
     assert len(losses.values) == 6
     assert all(torch.tensor(losses.values).isfinite())
 
@@ -221,7 +208,7 @@ def test_a_changed_pre_processor_is_noticed(rendered_mvtec, tmp_path, caplog):
                 model.pre_processor.transform = v2.Compose([v2.Resize((64, 64)), v2.Normalize([0.4] * 3, [0.5] * 3)])
 
     with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
-        engine(tmp_path, epochs=2, callbacks=[Change()]).fit(tiny(), datamodule=mvtec(rendered_mvtec))
+        engine(tmp_path, max_epochs=2, callbacks=[Change()]).fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
     assert "transforms have changed; their features are newly kept" in caplog.text
 
 
@@ -234,37 +221,37 @@ def test_epochs_default_only_where_none_are_given(rendered_mvtec, tmp_path, trai
             trainer.should_stop = True
 
     run = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[StopAtOnce()], **trainer)
-    run.fit(tiny(), datamodule=mvtec(rendered_mvtec))
+    run.fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
     assert run.trainer.max_epochs == epochs
 
 
 def test_early_stopping_on_pixel_auroc_finds_its_metric(rendered_mvtec, tmp_path):
     stopping = EarlyStopping(monitor="pixel_AUROC", mode="max", patience=1)
-    engine(tmp_path, epochs=2, callbacks=[stopping]).fit(tiny(), datamodule=mvtec(rendered_mvtec))
+    engine(tmp_path, max_epochs=2, callbacks=[stopping]).fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
     assert stopping.best_score > 0
 
 
 def test_losses_and_radius_are_logged(rendered_mvtec, tmp_path):
     run = engine(tmp_path)
-    run.fit(tiny(), datamodule=mvtec(rendered_mvtec))
+    run.fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
     assert {"train_loss", "train_attraction", "train_repulsion", "train_radius"} <= set(run.trainer.callback_metrics)
 
 
 def test_mixed_precision_trains(rendered_mvtec, tmp_path):
-    model = tiny()
+    model = tiny_cfa()
     engine(tmp_path, precision="bf16-mixed").fit(model, datamodule=mvtec(rendered_mvtec))
     assert all(parameter.isfinite().all() for parameter in model.model.descriptor.parameters())
 
 
 def test_images_need_not_be_square(rendered_mvtec, tmp_path):
-    model = tiny(image_size=[48, 80], center_crop_size=[40, 64])
+    model = tiny_cfa(image_size=[48, 80], center_crop_size=[40, 64])
     engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     assert model.eval()(torch.rand(1, 3, 30, 70)).anomaly_map.shape == (1, 40, 64)
 
 
 def test_lists_of_a_config_become_plain_data(tmp_path):
     layers = OmegaConf.create(["layer2", "layer3"])
-    model = tiny(layers=layers, image_size=OmegaConf.create([64, 64]))
+    model = tiny_cfa(layers=layers, image_size=OmegaConf.create([64, 64]))
     assert type(model.hparams["layers"]) is list
     assert type(model.hparams["image_size"]) is list
     torch.save(dict(model.hparams), tmp_path / "hparams.pt")
@@ -281,7 +268,7 @@ def test_models_are_copied_and_pickled(fitted):
 
 def test_predicting_before_the_bank_exists_is_refused():
     with pytest.raises(RuntimeError, match="memory bank is not built yet"):
-        tiny().eval()(torch.rand(1, 3, 64, 64))
+        tiny_cfa().eval()(torch.rand(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -294,7 +281,7 @@ def test_nan_and_infinite_images_never_become_a_score(fitted, value):
 
 def test_too_few_centers_for_the_targets_is_refused_at_the_first_batch(rendered_mvtec, tmp_path):
     with pytest.raises(ValueError, match="at most the memory bank's size of 4 centres"):
-        engine(tmp_path).fit(tiny(gamma_c=16), datamodule=mvtec(rendered_mvtec))
+        engine(tmp_path).fit(tiny_cfa(gamma_c=16), datamodule=mvtec(rendered_mvtec))
 
 
 def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
@@ -305,7 +292,7 @@ def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
         for number, size in enumerate([(64, 64), (80, 64), (64, 64), (64, 64)]):
             Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
     datamodule = Folder("sizes", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
-    model = tiny(pre_processor=PreProcessor(v2.Normalize([0.5] * 3, [0.5] * 3)), image_size=None)
+    model = tiny_cfa(pre_processor=PreProcessor(v2.Normalize([0.5] * 3, [0.5] * 3)), image_size=None)
     with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
 
@@ -320,21 +307,21 @@ def test_images_that_anomalibs_reader_would_clip_are_refused(tmp_path, dtype):
             Image.fromarray(np.full((64, 64), 1000, dtype)).save(tmp_path / folder / f"{number}.tiff")
     datamodule = Folder("deep", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
     with pytest.raises(ValueError, match=r"must have 8 bits per channel, .* is of Pillow's mode '[IF]"):
-        engine(tmp_path).fit(tiny(), datamodule=datamodule)
+        engine(tmp_path).fit(tiny_cfa(), datamodule=datamodule)
 
 
 def test_sizes_beside_a_pre_processor_are_refused():
     with pytest.raises(ValueError, match="image_size and center_crop_size must not be given beside a pre_processor"):
-        tiny(pre_processor=Cfa.configure_pre_processor(64), image_size=64)
+        tiny_cfa(pre_processor=Cfa.configure_pre_processor(64), image_size=64)
 
 
 def test_a_checkpoint_of_another_structure_is_refused_by_name(fitted, rendered_mvtec, tmp_path):
     with pytest.raises(ValueError, match=r"gamma_d must be 1, .* but is 2; on the command line: --model.gamma_d 1"):
-        engine(tmp_path).test(tiny(gamma_d=2), datamodule=mvtec(rendered_mvtec), ckpt_path=fitted[1])
+        engine(tmp_path).test(tiny_cfa(gamma_d=2), datamodule=mvtec(rendered_mvtec), ckpt_path=fitted[1])
 
 
 def test_a_checkpoint_of_anomalibs_own_cfa_is_refused_with_what_to_do(fitted):
     checkpoint = torch.load(fitted[1], weights_only=True)
     checkpoint["state_dict"] = {"model.memory_bank": torch.rand(4, 4)}
     with pytest.raises(ValueError, match="ANOMALIB_CFA_REGISTER=0"):
-        tiny().on_load_checkpoint(checkpoint)
+        tiny_cfa().on_load_checkpoint(checkpoint)

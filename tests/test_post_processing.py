@@ -7,11 +7,10 @@ from anomalib.data import Folder, ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import engine, mvtec, noise, tiny_cfa
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.post_processing import OneClassPostProcessor, threshold_at_rate
-from tests.support.tiny import noise, tiny_cfa
-from tests.test_lightning_model import engine, mvtec
 
 
 def batch(scores, labels) -> ImageBatch:

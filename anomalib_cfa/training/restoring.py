@@ -1,5 +1,6 @@
 """A checkpoint -> the model that was trained, whatever the new one was built with."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from anomalib_cfa.training.saved_arguments import (
     merge,
     saved_arguments,
 )
+
+logger = logging.getLogger(__name__)
 
 _CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
 _TRAINING_IMAGES = "anomalib_cfa_training_images"
@@ -65,7 +68,9 @@ class CfaCheckpoints(AnomalibModule):
         self._restore_components(checkpoint, trainer)
         images = checkpoint.get(_TRAINING_IMAGES)  # older checkpoints have none
         self.training_images = [str(path) for path in images] if isinstance(images, list) else []
-        if arguments != {name: self.hparams[name] for name in arguments}:
+        taken = {name: value for name, value in arguments.items() if value != self.hparams[name]}
+        if taken:
+            logger.info("From the checkpoint: %s", ", ".join(f"{name} {value!r}" for name, value in taken.items()))
             self.save_hyperparameters({**self.hparams, **arguments})
             self._build()
         if "layers" in self._given:

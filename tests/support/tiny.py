@@ -1,6 +1,10 @@
 """A Cfa of a tiny backbone with random weights, fitted without a trainer: thousands of cases take minutes."""
 
+from pathlib import Path
+
 import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
 from torch import Tensor
 
 from anomalib_cfa import Cfa
@@ -30,3 +34,15 @@ def fit_to_noise(model: Cfa, images: int = 4) -> Cfa:
 def noise(images: int, height: int, width: int, seed: int = 0) -> Tensor:
     """Random images of shape (images, 3, height, width) in [0, 1]."""
     return torch.rand(images, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def engine(folder: Path, **arguments) -> Engine:
+    """An engine of one epoch on the CPU that writes to a folder."""
+    defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    return Engine(default_root_dir=folder, **(defaults | arguments))
+
+
+def mvtec(root: Path, **arguments) -> MVTecAD:
+    """The rendered tiles."""
+    defaults = {"category": "tile", "train_batch_size": 2, "eval_batch_size": 4, "num_workers": 0}
+    return MVTecAD(root, **(defaults | arguments))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import pytest
 import torch
 import yaml
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from tiny import noise
+from exporting import assert_agree, predict, run_onnx, run_openvino
+from tiny import engine, mvtec, noise
 from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
@@ -37,15 +38,6 @@ TRAINED = {
 NOTHING = {"visualizer": False}
 
 
-def engine(folder, **arguments) -> Engine:
-    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
-    return Engine(default_root_dir=folder, **(defaults | arguments))
-
-
-def mvtec(root) -> MVTecAD:
-    return MVTecAD(root, category="tile", train_batch_size=2, eval_batch_size=4, num_workers=0)
-
-
 @pytest.fixture(scope="module")
 def trained(rendered_mvtec, tmp_path_factory):
     """A model with no argument at its default, and its checkpoint."""
@@ -60,14 +52,26 @@ def predicted(model, root, folder, **source):
     return [torch.cat([getattr(batch, name) for batch in batches]) for name in ("pred_score", "anomaly_map")]
 
 
-def test_a_model_of_which_nothing_is_named_becomes_the_trained_one(trained, rendered_mvtec, tmp_path):
+def test_a_model_of_which_nothing_is_named_becomes_the_trained_one(trained, rendered_mvtec, tmp_path, caplog):
     model, path = trained
     restored = Cfa(**NOTHING)
     expected = predicted(model, rendered_mvtec, tmp_path)
+    caplog.set_level(logging.INFO, logger="anomalib_cfa")
     for ours, theirs in zip(predicted(restored, rendered_mvtec, tmp_path, ckpt_path=path), expected, strict=True):
         assert torch.equal(ours, theirs)  # also: the images were resized once, as in training
     assert dict(restored.hparams) == dict(model.hparams)
     assert restored.input_size == (96, 96)
+    assert re.search(r"From the checkpoint: backbone 'test_resnet.r160_in1k', .*image_size 96", caplog.text)
+
+
+@pytest.mark.parametrize("export_type", ["onnx", "openvino"])
+def test_an_export_needs_nothing_but_the_checkpoint(trained, tmp_path, export_type):
+    pytest.importorskip("onnxruntime" if export_type == "onnx" else "openvino")
+    model, path = trained
+    exported = engine(tmp_path).export(Cfa(**NOTHING), export_type, export_root=tmp_path, ckpt_path=path)
+    image = noise(1, 90, 75)
+    run = run_onnx if export_type == "onnx" else run_openvino
+    assert_agree(run(exported, image), predict(model.eval(), image))
 
 
 def test_test_and_validation_of_it_give_the_same_metrics(trained, rendered_mvtec, tmp_path):
