@@ -36,6 +36,7 @@ from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.restoring import CfaCheckpoints
 from anomalib_cfa.training.saved_arguments import given_arguments
 from anomalib_cfa.training.whole_files import write_whole_files
+from anomalib_cfa.training.worst_fitting import TrainingScores, WorstFitting, log_worst
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,9 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
         self._build()
         self.training_images: list[str] = []  # in the data set's order, to which the memory bank's sources refer
+        self.worst_fitting: WorstFitting = []  # training images that stand out, and their scores, the worst first
         self._features: TrainingFeatures | None = None
+        self._training_scores: TrainingScores | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
 
@@ -235,7 +238,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Give the data module back as it was, and forget the kept features."""
         if stage == TrainerFn.FITTING and self._features is not None:
             self._features.detach()
-            self._features = None
+            self._features = self._training_scores = None
 
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
@@ -252,11 +255,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Forget the memory bank, so that the next fit builds one anew."""
         self.model.memory_bank.clear()
         self.model.calibration.reset(0)
+        self.worst_fitting = []
 
     def on_train_start(self) -> None:
         """Read no image that need not be read."""
         assert self._features is not None
         self._features.start_training()
+        if images := self._features.paths():
+            self._training_scores = TrainingScores(self.model, self.training_images, images)
 
     def on_train_epoch_start(self) -> None:
         """Calibrate anew from this epoch's patches."""
@@ -274,10 +280,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         pyramid = self._features.pyramid(batch)
         terms = torch.zeros(2, device=self.device)
+        if self._training_scores is not None:
+            self._training_scores.start_batch(batch.image_path)
 
         def loss_of(block: list[Tensor]) -> Tensor:
-            squared, indices = self.model.targets(block)
+            squared, indices, descriptors = self.model.targets(block)
             self.model.calibrate(squared.detach(), indices)
+            if self._training_scores is not None:
+                self._training_scores.update(squared.detach(), indices, descriptors.detach())
             share = len(squared) / len(pyramid[0])
             attraction_and_repulsion = share * torch.stack(self.loss(squared, self.model.radius))
             terms.add_(attraction_and_repulsion.detach())
@@ -310,7 +320,15 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         self._finish_calibration()
 
     def _finish_calibration(self) -> None:
-        self.model.finish_calibration(Processes.of(self.trainer.strategy))
+        processes = Processes.of(self.trainer.strategy)
+        self.model.finish_calibration(processes)
+        if self._training_scores is not None:
+            self.worst_fitting = self._training_scores.worst(processes)
+
+    def on_train_end(self) -> None:
+        """Name the training images that fit worst."""
+        if self._training_scores is not None and self.trainer.is_global_zero:
+            log_worst(self.worst_fitting)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Predict a batch."""

@@ -203,18 +203,19 @@ class CfaModel(nn.Module):
         images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
         return map(list, zip(*(level.split(images) for level in pyramid), strict=True))
 
-    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
 
         Args:
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J).
+            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J), and the patch
+            descriptors, of shape (B, h, w, D).
         """
-        return self.memory_bank.nearest(
-            self.describe(pyramid), self.num_nearest_neighbors + self.num_hard_negative_features
-        )
+        descriptors = self.describe(pyramid)
+        neighbors = self.num_nearest_neighbors + self.num_hard_negative_features
+        return *self.memory_bank.nearest(descriptors, neighbors), descriptors
 
     def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
         """Set the memory bank's centres, of shape (N, D); their calibration starts anew.

@@ -94,19 +94,7 @@ def measure(task: Task) -> Result:
     seed_everything(task["seed"], verbose=False)
     root = Path(task["root"][task["data"]])
     datamodule = ImageSet(root, task["train_images"], task["seed"], task["test_step"])
-    model = build_model(task)
-    model.evaluator = raw_evaluator(has_masks=datamodule.has_masks)
-    model.post_processor = None  # it would clamp scores to [0, 1]
-    epochs = {} if task.get("epochs") is None else {"max_epochs": task["epochs"]}
-    engine = Engine(
-        accelerator="cpu",
-        devices=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        default_root_dir=task["work"],
-        **epochs,
-    )
+    model, engine = prepare(task, has_masks=datamodule.has_masks)
     began = time.perf_counter()
     engine.fit(model, datamodule=datamodule)
     seconds, peak = time.perf_counter() - began, peak_memory()
@@ -118,6 +106,24 @@ def measure(task: Task) -> Result:
     counts = {"training_images": len(datamodule.train_data), "test_images": len(datamodule.test_data)}
     costs = {"fit_s": seconds, "fit_peak_bytes": peak, "latency_s": latency, "bank": bank_size(model)}
     return {**metrics, **counts, **costs, "epochs": engine.trainer.current_epoch}
+
+
+def prepare(task: Task, *, has_masks: bool) -> tuple[Any, Engine]:
+    """A task's model, scored as it is, and an engine to fit and test it with."""
+    model = build_model(task)
+    model.evaluator = raw_evaluator(has_masks=has_masks)
+    model.post_processor = None  # it would clamp scores to [0, 1]
+    epochs = {} if task.get("epochs") is None else {"max_epochs": task["epochs"]}
+    engine = Engine(
+        accelerator="cpu",
+        devices=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=task["work"],
+        **epochs,
+    )
+    return model, engine
 
 
 def report(runs: Sequence[Run], folder: Path) -> None:
