@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     tasks = list(plan(options))
     store = Store(options.output / "dirty.jsonl")
-    places = {"root": {path.name: str(path.resolve()) for path in options.data}}
+    places: dict[str, Any] = {"root": {path.name: str(path.resolve()) for path in options.data}}
     places["weights_path"] = str(options.weights_path.resolve())
     unfinished = carry_out("dirty", tasks, store, places, threads=options.threads, minutes=options.minutes)
     report(store.finished(tasks), options.output)
@@ -139,7 +139,8 @@ def measure(task: Task) -> Result:
         share_centers(model)
     engine.fit(model, datamodule=datamodule)
     (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)
-    result: Result = {**metrics, "training_images": len(datamodule.train_data), "test_images": len(datamodule.test_data)}
+    counts = {"training_images": len(datamodule.train_data), "test_images": len(datamodule.test_data)}
+    result: Result = {**metrics, **counts}
     if task["variant"] == AS_TYPED:
         named = [path for path, _ in model.worst_fitting]
         result |= {"named": len(named), "right": len(set(named) & set(datamodule.mixed)), "again": metrics}
