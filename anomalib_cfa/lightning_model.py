@@ -34,10 +34,12 @@ from anomalib_cfa.training.checks import check_trainer, do_without_validation, w
 from anomalib_cfa.training.features import TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
+from anomalib_cfa.training.out_of_bag import OutOfBagScores
 from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.restoring import CfaCheckpoints
 from anomalib_cfa.training.saved_arguments import given_arguments
 from anomalib_cfa.training.whole_files import write_whole_files
+from anomalib_cfa.training.worst_fitting import WorstFitting, log_worst
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +152,9 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
         self._build()
         self.training_images: list[str] = []  # in the data set's order, to which the memory bank's sources refer
+        self.worst_fitting: WorstFitting = []  # training images that stand out, and their scores, the worst first
         self._features: TrainingFeatures | None = None
+        self._out_of_bag: OutOfBagScores | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
 
@@ -249,7 +253,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Give the data module back as it was, and forget the kept features."""
         if stage == TrainerFn.FITTING and self._features is not None:
             self._features.detach()
-            self._features = None
+            self._features = self._out_of_bag = None
 
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
@@ -266,11 +270,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Forget the memory bank, so that the next fit builds one anew."""
         self.model.memory_bank.clear()
         self.model.calibration.reset(0)
+        self.worst_fitting = []
 
     def on_train_start(self) -> None:
         """Read no image that need not be read."""
         assert self._features is not None
         self._features.start_training()
+        if images := self._features.paths():
+            self._out_of_bag = OutOfBagScores(self.model, self.training_images, images, self._without_validation())
 
     def on_train_epoch_start(self) -> None:
         """Calibrate anew from this epoch's patches."""
@@ -288,10 +295,14 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         pyramid = self._features.pyramid(batch)
         terms = torch.zeros(2, device=self.device)
+        if self._out_of_bag is not None:
+            self._out_of_bag.start_batch(batch.image_path, self._features.image_size)
 
         def loss_of(block: list[Tensor]) -> Tensor:
-            squared, indices = self.model.targets(block)
+            squared, indices, descriptors = self.model.targets(block)
             self.model.calibrate(squared.detach(), indices)
+            if self._out_of_bag is not None:
+                self._out_of_bag.update(squared.detach(), indices, descriptors.detach())
             share = len(squared) / len(pyramid[0])
             attraction_and_repulsion = share * torch.stack(self.loss(squared, self.model.radius))
             terms.add_(attraction_and_repulsion.detach())
@@ -322,16 +333,26 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def on_train_epoch_end(self) -> None:
         """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
         self._finish_calibration()
-        post_processor = self.post_processor
-        if isinstance(post_processor, OneClassPostProcessor) and not sum(self.trainer.num_val_batches):
-            assert self._features is not None
-            processes = Processes.of(self.trainer.strategy)
-            for predicted in self._features.predict_out_of_bag(processes, self.training_images):
-                post_processor.update(predicted)
+        if (post_processor := self._without_validation()) is not None:
             post_processor.finish("training images, each scored without the centres that it gave")
 
+    def _without_validation(self) -> OneClassPostProcessor | None:
+        """The post-processor, if its thresholds must come from the training images."""
+        post_processor = self.post_processor
+        if isinstance(post_processor, OneClassPostProcessor) and not sum(self.trainer.num_val_batches):
+            return post_processor
+        return None
+
     def _finish_calibration(self) -> None:
-        self.model.finish_calibration(Processes.of(self.trainer.strategy))
+        processes = Processes.of(self.trainer.strategy)
+        self.model.finish_calibration(processes)
+        if self._out_of_bag is not None:
+            self.worst_fitting = self._out_of_bag.worst(processes)
+
+    def on_train_end(self) -> None:
+        """Name the training images that fit worst."""
+        if self._out_of_bag is not None and self.trainer.is_global_zero:
+            log_worst(self.worst_fitting)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Predict a batch."""

@@ -57,11 +57,13 @@ class OneClassPostProcessor(PostProcessor):
         self._pixel_scores.update(maps[:, ::_PIXEL_STEP, ::_PIXEL_STEP].flatten())
 
     def finish(self, source: str) -> None:
-        """Set thresholds and range from all images taken in, over all processes.
+        """Set thresholds and range from all images taken in, over all processes; nothing if none was.
 
         Args:
             source: What images they are, for the log.
         """
+        if not self._image_scores.update_called:
+            return
         count = 0
         for name, metric in (("pixel", self._pixel_scores), ("image", self._image_scores)):
             scores = metric.compute().flatten()

@@ -200,18 +200,19 @@ class CfaModel(nn.Module):
         images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
         return map(list, zip(*(level.split(images) for level in pyramid), strict=True))
 
-    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
 
         Args:
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J).
+            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J), and the patch
+            descriptors, of shape (B, h, w, D).
         """
-        return self.memory_bank.nearest(
-            self.describe(pyramid), self.num_nearest_neighbors + self.num_hard_negative_features
-        )
+        descriptors = self.describe(pyramid)
+        neighbors = self.num_nearest_neighbors + self.num_hard_negative_features
+        return *self.memory_bank.nearest(descriptors, neighbors), descriptors
 
     def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
         """Set the memory bank's centres, of shape (N, D); their calibration starts anew.
@@ -244,13 +245,25 @@ class CfaModel(nn.Module):
             raise ValueError(msg)
         return of_map, of_image
 
-    def _block_scores(self, pyramid: Sequence[Tensor], images: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        neighbors = self.num_nearest_neighbors if self.score == "softmin" else 1
-        descriptors = self.describe(pyramid).detach()
-        if images is None:
-            squared, indices = self.memory_bank.nearest(descriptors, neighbors)
-        else:
-            squared, indices = self.memory_bank.nearest_elsewhere(descriptors, neighbors, images)
+    @property
+    def scored_neighbors(self) -> int:
+        """How many of a patch's nearest centres its score depends on."""
+        return self.num_nearest_neighbors if self.score == "softmin" else 1
+
+    def _block_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.score_distances(*self.memory_bank.nearest(self.describe(pyramid).detach(), self.scored_neighbors))
+
+    def score_distances(self, squared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Score patches by their distances.
+
+        Args:
+            squared: Squared distances to the :attr:`scored_neighbors` nearest centres, nearest first, of shape
+                (B, h, w, k).
+            indices: Those centres' indices, of the same shape.
+
+        Returns:
+            As :meth:`patch_scores`.
+        """
         distances = squared.sqrt()
         # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
         nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
@@ -282,31 +295,19 @@ class CfaModel(nn.Module):
             maps = [average_views(whole, center) for whole, center in zip(maps, central, strict=True)]
         return InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
-    def predict_out_of_bag(
-        self, pyramid: Sequence[Tensor], images: Tensor, image_size: tuple[int, int]
-    ) -> Iterator[InferenceBatch]:
-        """Predict training images as if they were new: without the centres that they gave.
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        return self.smooth(self.patch_scores(self.pyramid(images)), images.shape[-2:])
 
-        The view of the centre, if there is one, is left out.
+    def smooth(self, patch_scores: tuple[Tensor, Tensor], image_size: Sequence[int]) -> list[Tensor]:
+        """Make maps of patch scores.
 
         Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-            images: Each image's place in the training set, of shape (B,).
-            image_size: Height and width of the images in pixels.
+            patch_scores: Those of :meth:`patch_scores`.
+            image_size: Height and width of the maps, in pixels.
 
-        Yields:
-            Predictions of some of the images, as :meth:`forward` gives them.
+        Returns:
+            The anomaly map and, where the image's score has another one, that, each of shape (B, H, W).
         """
-        for block in self.blocks(pyramid):
-            own, images = images[: len(block[0])], images[len(block[0]) :]
-            maps = self._smoothed(self._block_scores(block, own), image_size)
-            yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
-
-    def _maps(self, images: Tensor) -> list[Tensor]:
-        """The anomaly map and, where the image's score has another one, that, each of shape (B, H, W)."""
-        return self._smoothed(self.patch_scores(self.pyramid(images)), images.shape[-2:])
-
-    def _smoothed(self, patch_scores: tuple[Tensor, Tensor], image_size: Sequence[int]) -> list[Tensor]:
         height, width = image_size
         chosen = patch_scores if self.score == "local" else patch_scores[:1]
         return [self.anomaly_map_generator(scores, (height, width)) for scores in chosen]

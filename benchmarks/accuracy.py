@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from anomalib.engine import Engine
-from harness import Result, Store, Task, carry_out, figure, markdown_table, spread, write_report
-from harness.arguments import file, parser_for_sets
+from harness import Result, Task, answer, figure, markdown_table, spread, write_report
+from harness.arguments import parser_for_a_backbone
 from harness.images import ImageSet, load_image
 from harness.metrics import METRICS, raw_evaluator
 from harness.models import ANOMALIB_CFA, CFA, MODELS, bank_size, build_model
@@ -31,23 +31,9 @@ from lightning.pytorch import seed_everything
 Run = tuple[Task, Result]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the runs that are missing, and the tables of all; the exit status is 1 if one is still missing."""
-    options = parser().parse_args(arguments)
-    tasks = list(plan(options))
-    store = Store(options.output / "accuracy.jsonl")
-    places = {"root": {path.name: str(path.resolve()) for path in options.data}}
-    places["weights_path"] = str(options.weights_path.resolve())
-    unfinished = carry_out("accuracy", tasks, store, places, threads=options.threads, minutes=options.minutes)
-    report(store.finished(tasks), options.output)
-    return int(unfinished > 0)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = parser_for_sets(__doc__)
-    parser.add_argument("--weights-path", type=file, required=True, help="of the backbone, with timm's keys")
-    parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
+    parser = parser_for_a_backbone(__doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable; default: all")
     parser.add_argument("--size", type=int, action="append", help="of the images; repeatable; default: 256")
     parser.add_argument("--train-images", type=int, action="append", help="repeatable; default: all")
@@ -94,19 +80,7 @@ def measure(task: Task) -> Result:
     seed_everything(task["seed"], verbose=False)
     root = Path(task["root"][task["data"]])
     datamodule = ImageSet(root, task["train_images"], task["seed"], task["test_step"])
-    model = build_model(task)
-    model.evaluator = raw_evaluator(has_masks=datamodule.has_masks)
-    model.post_processor = None  # it would clamp scores to [0, 1]
-    epochs = {} if task.get("epochs") is None else {"max_epochs": task["epochs"]}
-    engine = Engine(
-        accelerator="cpu",
-        devices=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        default_root_dir=task["work"],
-        **epochs,
-    )
+    model, engine = prepare(task, has_masks=datamodule.has_masks)
     began = time.perf_counter()
     engine.fit(model, datamodule=datamodule)
     seconds, peak = time.perf_counter() - began, peak_memory()
@@ -120,11 +94,29 @@ def measure(task: Task) -> Result:
     return {**metrics, **counts, **costs, "epochs": engine.trainer.current_epoch}
 
 
-def report(runs: Sequence[Run], folder: Path) -> None:
+def prepare(task: Task, *, has_masks: bool) -> tuple[Any, Engine]:
+    """A task's model, scored as it is, and an engine to fit and test it with."""
+    model = build_model(task)
+    model.evaluator = raw_evaluator(has_masks=has_masks)
+    model.post_processor = None  # it would clamp scores to [0, 1]
+    epochs = {} if task.get("epochs") is None else {"max_epochs": task["epochs"]}
+    engine = Engine(
+        accelerator="cpu",
+        devices=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=task["work"],
+        **epochs,
+    )
+    return model, engine
+
+
+def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Write the tables of finished runs."""
     if not runs:
         return
-    write_csv(folder / "accuracy.csv", [_row(task, result) for task, result in runs])
+    write_csv(options.output / "accuracy.csv", [_row(task, result) for task, result in runs])
     settings = dict.fromkeys((task["size"], task["train_images"]) for task, _ in runs)
     sections = []
     for size, images in settings:
@@ -136,7 +128,7 @@ def report(runs: Sequence[Run], folder: Path) -> None:
         "sets whose labels helped to choose this package's defaults are development data, not a test of them",
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}",
     ]
-    write_report(folder / "accuracy.md", "Accuracy", notes, sections, [result for _, result in runs])
+    write_report(options.output / "accuracy.md", "Accuracy", notes, sections, [result for _, result in runs])
 
 
 def name_of(task: Task) -> str:
@@ -188,4 +180,4 @@ def _cost_table(runs: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer("accuracy"))

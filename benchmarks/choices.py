@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import accuracy
-from harness import Result, Store, Task, carry_out, markdown_table, write_report
+from harness import Result, Task, answer, markdown_table, write_report
 from harness.arguments import Backbones, parser_for_sets
 from harness.metrics import METRICS
 from harness.models import CFA
@@ -42,18 +42,6 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 """Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``."""
 
 Figures = Mapping[str, Mapping[str, float]]  # by variant and set
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the runs that are missing, and the tables of all; the exit status is 1 if one is still missing."""
-    options = parser().parse_args(arguments)
-    tasks = list(plan(options))
-    store = Store(options.output / "choices.jsonl")
-    places: dict[str, Any] = {"root": {path.name: str(path.resolve()) for path in options.data}}
-    places["weights"] = {name: str(path.resolve()) for name, path in options.backbone.items()}
-    unfinished = carry_out("choices", tasks, store, places, threads=options.threads, minutes=options.minutes)
-    report(store.finished(tasks), options.output)
-    return int(unfinished > 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,11 +71,11 @@ def measure(task: Task) -> Result:
     """Measure the accuracy of a variant; the backbone's features are kept for all runs that share them."""
     options = dict(task["options"])
     epochs = options.pop("epochs", None)
-    weights = task["weights"][task["backbone"]]
+    weights = task["files"][task["backbone"]]
     return accuracy.measure({**task, "options": options, "epochs": epochs, "weights_path": weights})
 
 
-def report(runs: Sequence[tuple[Task, Result]], folder: Path) -> None:
+def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> None:
     """Write tables and picture of finished runs."""
     if not runs:
         return
@@ -96,20 +84,20 @@ def report(runs: Sequence[tuple[Task, Result]], folder: Path) -> None:
         {**{name: task[name] for name in columns}, **{metric: result.get(metric) for metric in METRICS}}
         for task, result in runs
     ]
-    write_csv(folder / "choices.csv", rows)
+    write_csv(options.output / "choices.csv", rows)
     sections = []
     for group in dict.fromkeys(row["group"] for row in rows):
         for backbone in dict.fromkeys(row["backbone"] for row in rows):
             chosen = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
             sections.append(f"## {group}, {backbone}")
             sections += [_table(averages(chosen, metric), title) for metric, title in METRICS.items()]
-    draw(rows, folder / "choices.png")
+    draw(rows, options.output / "choices.png")
     sections.append("![Each variant's mean over the sets](choices.png)")
     notes = [
         "development data: its labels chose this package's defaults",
         "each figure is a mean over seeds; 'left out': the variant that is best on the other sets, on the one left out",
     ]
-    write_report(folder / "choices.md", "Choices", notes, sections, [result for _, result in runs])
+    write_report(options.output / "choices.md", "Choices", notes, sections, [result for _, result in runs])
 
 
 def averages(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:
@@ -172,4 +160,4 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer("choices"))

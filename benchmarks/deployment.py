@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from anomalib.deploy import CompressionType
 from anomalib.models import Cfa
-from harness import Result, Store, Task, carry_out, figure, markdown_table, write_report
+from harness import Result, Task, answer, figure, markdown_table, write_report
 from harness.arguments import base_parser, file, folder_of_a_set
 from harness.images import ImageSet
 from harness.models import ANOMALIB_CFA, CFA, build_model
@@ -38,17 +38,6 @@ WAYS = {
     "OpenVINO, INT8_ACQ": ("int8_acq", None),
 }
 Predict = Callable[[Any], dict[str, Any]]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the measurements that are missing, and the table of all; the exit status is 1 if one is still missing."""
-    options = parser().parse_args(arguments)
-    tasks = list(plan(options))
-    store = Store(options.output / "deployment.jsonl")
-    places = {"ckpt_path": str(options.ckpt_path.resolve()), "root": str(options.data.resolve())}
-    unfinished = carry_out("deployment", tasks, store, places, threads=options.threads, minutes=options.minutes)
-    report(store.finished(tasks), options)
-    return int(unfinished > 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -265,4 +254,4 @@ def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer("deployment"))

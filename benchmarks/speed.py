@@ -18,7 +18,7 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from harness import Result, Store, Task, carry_out, figure, markdown_table, write_report
+from harness import Result, Task, answer, figure, markdown_table, write_report
 from harness.arguments import Backbones, base_parser
 from harness.models import ANOMALIB_CFA, CFA, PATCHCORE_1, build_model
 from harness.timing import alternate, peak_memory
@@ -26,17 +26,6 @@ from matplotlib.figure import Figure
 
 Run = tuple[Task, Result]
 _BATCH = 32
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the measurements that are missing, and the tables of all; the exit status is 1 if one is still missing."""
-    options = parser().parse_args(arguments)
-    tasks = list(plan(options))
-    store = Store(options.output / "speed.jsonl")
-    places = {"files": {name: str(path.resolve()) for name, path in options.backbone.items()}}
-    unfinished = carry_out("speed", tasks, store, places, threads=options.threads, minutes=options.minutes)
-    report(store.finished(tasks), options)
-    return int(unfinished > 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -291,4 +280,4 @@ def draw(runs: Sequence[Run], path: Any) -> None:  # noqa: ANN401 - a path
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer("speed"))

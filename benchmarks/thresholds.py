@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.engine import Engine
-from harness import Result, Store, Task, carry_out, markdown_table, write_report
-from harness.arguments import file, parser_for_sets
+from harness import Result, Task, answer, markdown_table, write_report
+from harness.arguments import parser_for_a_backbone
 from harness.images import ImageSet
 from harness.models import CFA, build_model
 from lightning.pytorch import seed_everything
@@ -77,23 +77,9 @@ class SeveralRates(OneClassPostProcessor):
             other.finish(source)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the runs that are missing, and the table of all; the exit status is 1 if one is still missing."""
-    options = parser().parse_args(arguments)
-    tasks = list(plan(options))
-    store = Store(options.output / "thresholds.jsonl")
-    places: dict[str, Any] = {"root": {path.name: str(path.resolve()) for path in options.data}}
-    places["weights_path"] = str(options.weights_path.resolve())
-    unfinished = carry_out("thresholds", tasks, store, places, threads=options.threads, minutes=options.minutes)
-    report(store.finished(tasks), options.output)
-    return int(unfinished > 0)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = parser_for_sets(__doc__)
-    parser.add_argument("--weights-path", type=file, required=True, help="of the backbone, with timm's keys")
-    parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
+    parser = parser_for_a_backbone(__doc__)
     parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
     parser.add_argument("--train-images", type=int, action="append", help="repeatable; default: all")
     return parser
@@ -136,7 +122,7 @@ def measure(task: Task) -> Result:
     return {"found": found, "images": len(datamodule.train_data)}
 
 
-def report(runs: Sequence[Run], folder: Path) -> None:
+def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Write the table of finished runs."""
     if not runs:
         return
@@ -167,8 +153,10 @@ def report(runs: Sequence[Run], folder: Path) -> None:
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}, {runs[0][0]['size']} x {runs[0][0]['size']}",
     ]
     table = markdown_table(head, lines)
-    write_report(folder / "thresholds.md", "Thresholds from normal images", notes, [table], [run[1] for run in runs])
+    write_report(
+        options.output / "thresholds.md", "Thresholds from normal images", notes, [table], [run[1] for run in runs]
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer("thresholds"))

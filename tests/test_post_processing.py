@@ -137,32 +137,3 @@ def test_defective_validation_images_leave_the_choice_to_anomalib(rendered_mvtec
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     assert "The thresholds come from" not in caplog.text
     assert torch.isfinite(model.post_processor.image_threshold)
-
-
-@torch.no_grad()
-def test_an_image_is_scored_without_the_centres_that_it_gave():
-    network = tiny_cfa().model.eval()
-    images = noise(6, 64, 64)
-    pyramid = network.pyramid(images)
-    network.fit([pyramid])
-    (left_out,) = network.predict_out_of_bag(pyramid, torch.arange(6), (64, 64))
-    with_all = network(images)
-    assert (left_out.pred_score > with_all.pred_score).all()
-    assert (left_out.anomaly_map >= with_all.anomaly_map - 1e-5).all()
-    (of_new,) = network.predict_out_of_bag(pyramid, torch.full((6,), 99), (64, 64))
-    torch.testing.assert_close(of_new.anomaly_map, with_all.anomaly_map)
-    torch.testing.assert_close(of_new.pred_score, with_all.pred_score)
-
-
-@torch.no_grad()
-def test_the_centres_left_out_are_those_whose_source_is_the_image():
-    network = tiny_cfa().model.eval()
-    pyramid = network.pyramid(noise(6, 64, 64))
-    network.fit([pyramid])
-    bank, descriptors = network.memory_bank, network.describe(pyramid)
-    squared, indices = bank.nearest_elsewhere(descriptors, 1, torch.arange(6))
-    for image in range(6):
-        others = bank.sources[:, 0] != image
-        expected = torch.cdist(descriptors[image].flatten(0, 1), bank.centers[others]).square().amin(dim=1)
-        assert (bank.sources[:, 0][indices[image].flatten()] != image).all()
-        torch.testing.assert_close(squared[image].flatten(), expected, rtol=1e-3, atol=1e-3)

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from anomalib_cfa.bank.search import CenterIndex
 
-_OWN_CENTERS = 15  # that an image may have given, among the nearest to one of its patches
-
 
 class MemoryBank(DynamicBufferMixin):
     """Holds the centres, and finds and measures those nearest to a patch (paper, section III-B).
@@ -99,27 +97,6 @@ class MemoryBank(DynamicBufferMixin):
         """
         squared, indices = self.index(descriptors, k)
         return squared, indices
-
-    def nearest_elsewhere(self, descriptors: Tensor, k: int, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Find and measure the k nearest centres that did not come from the image itself.
-
-        A training image lies close to the centres that it gave. Without them it is scored as a new image would be.
-
-        Args:
-            descriptors: Patch descriptors of training images, of shape (B, h, w, D).
-            k: How many centres.
-            images: Each image's place in the data set, to which :attr:`sources` refer, of shape (B,).
-
-        Returns:
-            Squared distances and indices as of :meth:`nearest`. Where fewer than k of the nearest centres came from
-            elsewhere, the image's own follow; a bank without sources leaves none out.
-        """
-        squared, indices = self.nearest(descriptors, min(k + _OWN_CENTERS, len(self.centers)))
-        if len(self.sources):
-            own = self.sources[:, 0].long()[indices] == images.to(indices.device)[:, None, None, None]
-            order = own.byte().argsort(dim=-1, stable=True)
-            squared, indices = squared.gather(-1, order), indices.gather(-1, order)
-        return squared[..., :k], indices[..., :k]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
         # To another device or precision: the index is rebuilt there, always in float32.

@@ -1,18 +1,16 @@
 """The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, InferenceBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch, IndexedDataset
@@ -23,7 +21,6 @@ from anomalib_cfa.training.loaders import (
     shard_loader,
     training_loader,
 )
-from anomalib_cfa.training.processes import Processes
 
 
 class _Replaced:
@@ -130,22 +127,6 @@ class TrainingFeatures:
         if batch.image is None:
             return self.store.get(batch.index, self.module.device)
         return self.store.complete(batch, self.model.pyramid(batch.image))
-
-    @torch.no_grad()
-    def predict_out_of_bag(self, processes: Processes, bank_images: Sequence[str]) -> Iterator[InferenceBatch]:
-        """Predict this process's share of the images as if they were new, by the centres that others gave.
-
-        Args:
-            processes: Those that share the images.
-            bank_images: Paths of the images that the memory bank came from, to which its sources refer; others than
-                these, if the bank is that of a fit before.
-        """
-        places = {path: place for place, path in enumerate(bank_images)}
-        known = iter([places.get(path, -1) for path in self.paths()][processes.rank :: processes.count])
-        own = chain(known, count(processes.rank, processes.count))  # no paths: the bank is taken to be of these images
-        for pyramid in tqdm(self, "Scoring the training images", disable=processes.rank != 0, leave=False):
-            images = torch.tensor(list(islice(own, len(pyramid[0]))))
-            yield from self.model.predict_out_of_bag(pyramid, images, self.image_size)
 
     def __len__(self) -> int:
         """Batches of this process's share of the images."""

@@ -22,11 +22,13 @@ from anomalib_cfa.training.saved_arguments import (
     merge,
     saved_arguments,
 )
+from anomalib_cfa.training.worst_fitting import WorstFitting, saved_worst_fitting
 
 logger = logging.getLogger(__name__)
 
 _CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
 _TRAINING_IMAGES = "anomalib_cfa_training_images"
+_WORST_FITTING = "anomalib_cfa_worst_fitting"
 
 
 class CfaCheckpoints(AnomalibModule):
@@ -39,15 +41,17 @@ class CfaCheckpoints(AnomalibModule):
     _given: dict[str, Any]
     model: Any
     training_images: list[str]
+    worst_fitting: WorstFitting
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save with the components the paths of the images that the memory bank came from.
+        """Save with the components the paths of the images that the memory bank came from, and which fit worst.
 
         Args:
             checkpoint: The checkpoint to be written.
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TRAINING_IMAGES] = self.training_images
+        checkpoint[_WORST_FITTING] = self.worst_fitting
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that the checkpoint holds.
@@ -68,6 +72,7 @@ class CfaCheckpoints(AnomalibModule):
         self._restore_components(checkpoint, trainer)
         images = checkpoint.get(_TRAINING_IMAGES)  # older checkpoints have none
         self.training_images = [str(path) for path in images] if isinstance(images, list) else []
+        self.worst_fitting = saved_worst_fitting(checkpoint.get(_WORST_FITTING))
         taken = {name: value for name, value in arguments.items() if value != self.hparams[name]}
         if taken:
             logger.info("From the checkpoint: %s", ", ".join(f"{name} {value!r}" for name, value in taken.items()))

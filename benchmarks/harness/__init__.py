@@ -4,8 +4,8 @@ Each benchmark is one file beside this folder that lists tasks, measures one, an
 a dictionary of plain values: all that decides its result. Finished tasks are kept, so a rerun goes on with the rest.
 """
 
-from harness.runner import carry_out
+from harness.runner import answer, carry_out
 from harness.store import Result, Store, Task
 from harness.tables import figure, markdown_table, spread, write_report
 
-__all__ = ["Result", "Store", "Task", "carry_out", "figure", "markdown_table", "spread", "write_report"]
+__all__ = ["Result", "Store", "Task", "answer", "carry_out", "figure", "markdown_table", "spread", "write_report"]

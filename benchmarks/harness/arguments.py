@@ -25,6 +25,14 @@ def parser_for_sets(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parser_for_a_backbone(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of a benchmark of one backbone over sets of images."""
+    parser = parser_for_sets(description)
+    parser.add_argument("--weights-path", type=file, required=True, help="of the backbone, with timm's keys")
+    parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
+    return parser
+
+
 def folder_of_a_set(text: str) -> Path:
     """A set's folder."""
     path = Path(text)
@@ -42,6 +50,21 @@ def file(text: str) -> Path:
         msg = f"must be a file, but there is none at {path}"
         raise argparse.ArgumentTypeError(msg)
     return path
+
+
+def places(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the files and folders of the options are: no part of a task, whose result does not depend on that."""
+    given = vars(options)
+    found: dict[str, Any] = {
+        name: str(given[name].resolve()) for name in ("weights_path", "ckpt_path") if name in given
+    }
+    if isinstance(data := given.get("data"), list):
+        found["root"] = {path.name: str(path.resolve()) for path in data}
+    elif data is not None:
+        found["root"] = str(data.resolve())
+    if isinstance(files := given.get("backbone"), dict):
+        found["files"] = {name: str(path.resolve()) for name, path in files.items()}
+    return found
 
 
 class Backbones(argparse.Action):

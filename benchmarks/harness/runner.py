@@ -1,47 +1,60 @@
 """Carries tasks out, each in a process of its own, and shows how far it is."""
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harness.arguments import places
 from harness.store import Result, Store, Task
 
 _PROCESS = Path(__file__).with_name("process.py")
 
 
-def carry_out(
-    question: str,
-    tasks: Sequence[Task],
-    store: Store,
-    places: Mapping[str, object],
-    *,
-    threads: int = 2,
-    minutes: float | None = None,
-) -> int:
-    """Carry out the tasks that are not finished.
+def answer(question: str, arguments: Sequence[str] | None = None) -> int:
+    """Make the runs of a benchmark that are missing, and report all.
 
     Args:
-        question: The benchmark's file, without ``.py``; its function ``measure`` measures a task.
-        tasks: All tasks. ``task["label"]`` is what the progress shows; where ``task["side"]`` is ``"anomalib"``, the
-            ``Cfa`` of the process is anomalib's own.
-        store: Where results go.
-        places: What a task is measured with, but its result does not depend on: paths, for one. They join the task.
-        threads: Of each process.
-        minutes: Start no further task after this time. None: go on to the end.
+        question: The benchmark's file, without ``.py``. It has four functions: ``parser``, ``plan``, which lists tasks,
+            ``measure``, which measures one, and ``report``.
+        arguments: The command line's; None for ``sys.argv``'s.
 
     Returns:
-        How many tasks are not finished, as they failed or the time was up. Failures are told, and tried again by a
-        rerun.
+        The exit status: 1 if a run is still missing.
     """
-    began, unfinished = time.monotonic(), 0
+    benchmark = importlib.import_module(question)
+    options = benchmark.parser().parse_args(arguments)
+    runs, complete = carry_out(question, benchmark.plan(options), options)
+    benchmark.report(runs, options)
+    return int(not complete)
+
+
+def carry_out(
+    question: str, tasks: Iterable[Task], options: argparse.Namespace
+) -> tuple[list[tuple[Task, Result]], bool]:
+    """Carry out the tasks that are not finished. Failures are told, and tried again by a rerun.
+
+    Args:
+        question: The benchmark's file, without ``.py``; its function ``measure`` measures a task. Results are kept in
+            ``QUESTION.jsonl`` in the output folder.
+        tasks: All tasks. ``task["label"]`` is what the progress shows; where ``task["side"]`` is ``"anomalib"``, the
+            ``Cfa`` of the process is anomalib's own. The :func:`~harness.arguments.places` of the options join them.
+        options: Those of :func:`~harness.arguments.base_parser`, among others.
+
+    Returns:
+        The finished tasks and their results, and whether these are all.
+    """
+    tasks, store, known = list(tasks), Store(options.output / f"{question}.jsonl"), places(options)
+    began, minutes = time.monotonic(), options.minutes
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(tasks))
@@ -49,15 +62,14 @@ def carry_out(
             progress.update(bar, description=task["label"])
             if task not in store:
                 if minutes is not None and time.monotonic() - began > 60 * minutes:
-                    unfinished += 1
                     continue
                 try:
-                    store.put(task, _in_process(question, {**task, **places, "threads": threads}))
+                    store.put(task, _in_process(question, {**task, **known, "threads": options.threads}))
                 except RuntimeError as error:
-                    unfinished += 1
                     progress.console.print(f"{task['label']} failed: {error}")
             progress.advance(bar)
-    return unfinished
+    finished = store.finished(tasks)
+    return finished, len(finished) == len(tasks)
 
 
 def _in_process(question: str, task: Task) -> Result:

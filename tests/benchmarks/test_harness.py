@@ -1,16 +1,23 @@
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from harness import Store, carry_out, figure, markdown_table, spread, write_report
-from harness.arguments import Backbones, file, folder_of_a_set
+from harness.arguments import Backbones, base_parser, file, folder_of_a_set
 from harness.images import ImageSet
 from harness.metrics import RawAUROC
 from harness.tables import write_csv
 from harness.timing import alternate
 
 ENVIRONMENT = {"machine": {"processor": "a CPU", "cores": "2"}, "versions": {"torch": "2.14"}}
+
+
+def options(folder, *more):
+    parser = base_parser(None)
+    parser.add_argument("--ckpt_path", type=file, default=Path(__file__))
+    return parser.parse_args(["--output", str(folder), *more])
 
 
 def test_a_store_keeps_what_is_finished(tmp_path):
@@ -47,26 +54,26 @@ def test_a_failure_is_told_and_tried_again_and_a_finished_task_is_not(tmp_path, 
         if task["label"] == "fails":
             msg = "exit status 3: no memory"
             raise RuntimeError(msg)
-        assert task["place"] == "here"
+        assert task["ckpt_path"] == __file__
         return {"figure": 1}
 
     monkeypatch.setattr("harness.runner._in_process", measured)
     for _ in range(2):
-        store = Store(tmp_path / "results.jsonl")
-        assert carry_out("accuracy", tasks, store, {"place": "here"}) == 1
+        finished, complete = carry_out("accuracy", tasks, options(tmp_path, "--ckpt_path", __file__))
+        assert ([task["label"] for task, _ in finished], complete) == (["works"], False)
     assert tried == ["works", "fails", "fails"]
     assert "no memory" in capsys.readouterr().err
-    assert {"label": "works"} in Store(tmp_path / "results.jsonl")
+    assert {"label": "works"} in Store(tmp_path / "accuracy.jsonl")
 
 
 def test_no_task_is_started_after_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.runner._in_process", lambda *_: pytest.fail("started"))
-    assert carry_out("accuracy", [{"label": "one"}], Store(tmp_path / "r.jsonl"), {}, minutes=-1) == 1
+    assert carry_out("accuracy", [{"label": "one"}], options(tmp_path, "--minutes", "-1")) == ([], False)
 
 
 def test_a_process_that_fails_says_why(tmp_path, capsys):
     task = {"label": "none", "what": "nothing", "threads": 1}
-    assert carry_out("speed", [task], Store(tmp_path / "results.jsonl"), {}, threads=1) == 1
+    assert carry_out("speed", [task], options(tmp_path, "--threads", "1")) == ([], False)
     assert "KeyError: 'nothing'" in capsys.readouterr().err
 
 

@@ -3,13 +3,17 @@ import json
 import accuracy
 import choices
 import deployment
+import dirty
 import pytest
 import speed
 import thresholds
 import timm
 import torch
-from harness.models import CFA, PADIM
+from harness import answer
+from harness.models import CFA, PADIM, PATCHCORE_1
 from safetensors.torch import save_file
+
+from anomalib_cfa.training.out_of_bag import OutOfBagScores
 
 ENVIRONMENT = {"environment": {"machine": {"processor": "a CPU"}, "versions": {"torch": "2.14"}}}
 TINY = "test_resnet.r160_in1k"
@@ -45,8 +49,8 @@ def test_accuracy_sets_models_side_by_side(rendered_mvtec, weights, tmp_path, mo
     measured = in_this_process(monkeypatch, accuracy, tmp_path)
     line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights), "--backbone", TINY)
     line += ["--model", CFA, "--train-images", "2", "--option", "score=nearest"]
-    assert accuracy.main(line) == 0
-    assert accuracy.main(line) == 0
+    assert answer("accuracy", line) == 0
+    assert answer("accuracy", line) == 0
     assert len(measured) == 2  # the second time all were finished
     text = (tmp_path / "accuracy.md").read_text()
     assert "## 64 x 64, 2 training images" in text
@@ -69,7 +73,7 @@ def test_every_model_is_planned_for_every_set_and_size(rendered_mvtec, weights, 
 def test_choices_compare_variants(rendered_mvtec, weights, tmp_path, monkeypatch):
     measured = in_this_process(monkeypatch, choices, tmp_path)
     monkeypatch.setattr(choices, "GROUPS", {"score": {"local": {}, "untrained": {"epochs": 0}}})
-    assert choices.main(arguments(rendered_mvtec, weights, tmp_path, "--backbone", f"{TINY}={weights}")) == 0
+    assert answer("choices", arguments(rendered_mvtec, weights, tmp_path, "--backbone", f"{TINY}={weights}")) == 0
     assert len(measured) == 4
     text = (tmp_path / "choices.md").read_text()
     assert f"## score, {TINY}" in text
@@ -101,7 +105,7 @@ def test_variants_without_a_figure_for_every_set_are_left_out():
 def test_thresholds_are_counted_on_both_sides(rendered_mvtec, weights, tmp_path, monkeypatch):
     in_this_process(monkeypatch, thresholds, tmp_path)
     line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights), "--backbone", TINY)
-    assert thresholds.main([*line, "--train-images", "5"]) == 0
+    assert answer("thresholds", [*line, "--train-images", "5"]) == 0
     rows = [row.split(" | ") for row in (tmp_path / "thresholds.md").read_text().splitlines() if " 5 | " in row]
     assert len(rows) == 2 * 2 * 2
     for _, _, rate, *shares in rows:
@@ -156,3 +160,78 @@ def test_deployment_reports_agreement(tmp_path, rendered_mvtec):
     row = "| OpenVINO, float32 | 1e-06 | 0 of 8 | 0.000 % | 1.0000 | 0.9000 | 1.0 MiB | 30.0 ms | 0.50 |"
     assert row in text
     assert "| this Cfa, f32 | 9 | 30.0 ms |" in text
+
+
+def test_dirty_sets_train_on_what_they_do_not_test(rendered_mvtec):
+    root = rendered_mvtec / "tile"
+    tested = {}
+    for mixed in (0, 1, 3):
+        images = dirty.DirtySet(root, mixed, reserved=3, seed=0)
+        images.setup()
+        assert len(images.mixed) == mixed
+        assert {name for name in images.mixed if "/test/good/" not in name} == set(images.mixed)
+        trained = set(images.train_data.samples.image_path)
+        assert trained == {*map(str, (root / "train/good").iterdir()), *images.mixed}
+        assert not images.train_data.has_anomalous
+        tested[mixed] = set(images.test_data.samples.image_path)
+        assert not tested[mixed] & trained
+        assert images.test_data.has_anomalous
+        assert images.train_data[len(trained) - 1].image.ndim == 3
+    assert tested[0] == tested[1] == tested[3]
+    assert len(tested[0]) == dirty.count_images(root)[1] + 2 - 3
+    without = dirty.DirtySet(root, 3, 3, 0, without=images.mixed[:1])
+    without.setup()
+    assert set(without.train_data.samples.image_path) == trained - set(images.mixed[:1])
+
+
+@pytest.mark.parametrize(
+    ("normal", "defective", "mixed"),
+    [(300, 150, [0, 3, 6, 16, 33]), (54, 71, [0, 1, 1, 3, 6]), (300, 22, [0, 3, 6, 11, 11])],
+)
+def test_a_share_is_of_the_training_images_and_half_of_the_defective_ones_at_most(normal, defective, mixed):
+    assert [dirty.mixed_images(share, normal, defective) for share in (0, 1, 2, 5, 10)] == mixed
+
+
+def test_dirty_measures_variants_and_fits_again_without_what_was_named(rendered_mvtec, weights, tmp_path, monkeypatch):
+    measured = in_this_process(monkeypatch, dirty, tmp_path)
+    named = str(next((rendered_mvtec / "tile/train/good").iterdir()))
+    monkeypatch.setattr(OutOfBagScores, "worst", lambda *_: [(named, 9.0)])
+    line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights), "--backbone", TINY)
+    options = dirty.parser().parse_args(line)
+    planned = [task for task in dirty.plan(options) if task["data"] == "tile" and task["mixed"] == 1]
+    monkeypatch.setattr(dirty, "plan", lambda _: planned)
+    assert answer("dirty", line) == 0
+    assert answer("dirty", line) == 0
+    assert len(measured) == 2  # the second time all were finished
+    results = [json.loads(line)["result"] for line in (tmp_path / "dirty.jsonl").read_text().splitlines()]
+    assert results[0]["training_images"] == results[1]["training_images"] == 7
+    assert (results[0]["named"], results[0]["right"]) == (1, 0)
+    assert results[0]["again"]["pixel_AUPRO"] != results[0]["pixel_AUPRO"]
+    assert "again" not in results[1]
+
+
+def test_dirty_reports_each_share_and_what_changes(rendered_mvtec, weights, tmp_path):
+    line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights))
+    options = dirty.parser().parse_args(line)
+    runs = []
+    for task in dirty.plan(options):
+        metrics = {"image_RawAUROC": 0.9 - 0.1 * task["mixed"], "pixel_AUPRO": 0.8}
+        extra = {"named": 2, "right": task["mixed"], "again": metrics} if task["variant"] == dirty.AS_TYPED else {}
+        runs.append((task, {**metrics, **extra, **ENVIRONMENT}))
+    dirty.report(runs, options)
+    text = (tmp_path / "dirty.md").read_text()
+    assert "|  | 0 %: 0 mixed in | 1 % and 2 % and 5 % and 10 %: 1 mixed in |" in text
+    assert "| this Cfa, fitted again without the images it names: AUPRO | 0.800 | 0.800 |" in text
+    assert "| mixed in, of those it names | 0 of 2 | 1 of 2 |" in text
+    change = "-0.100 (2 sets)"
+    assert f"| this Cfa, as typed: image AUROC | +0.000 (2 sets) | {change} | {change} | {change} | {change} |" in text
+    assert "development data" in text
+
+
+def test_patchcore_is_compared_on_small_sets_only(rendered_mvtec, weights, tmp_path, monkeypatch):
+    line = arguments(rendered_mvtec, weights, tmp_path, "--weights-path", str(weights), "--peers")
+    for normal, models in ((100, {CFA, PADIM, PATCHCORE_1}), (101, {CFA, PADIM})):
+        monkeypatch.setattr(dirty, "count_images", lambda _, normal=normal: (normal, 50))
+        tasks = list(dirty.plan(dirty.parser().parse_args(line)))
+        assert {task["model"] for task in tasks} == models
+        assert len({str(task) for task in tasks}) == len(tasks)

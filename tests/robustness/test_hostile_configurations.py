@@ -39,7 +39,7 @@ def fits_and_scores(arguments) -> bool:
     try:
         model = fit_to_noise(tiny_cfa(**arguments))
         model.train()
-        squared, _ = model.model.targets(model.model.pyramid(noise(2, *(model.input_size or (64, 64)))))
+        squared, *_ = model.model.targets(model.model.pyramid(noise(2, *(model.input_size or (64, 64)))))
         loss = sum(model.loss(squared, model.model.radius))
         loss.backward()
         model.eval()

@@ -42,7 +42,8 @@ class Record(Callback):
     def on_train_end(self, trainer, model):
         state = {"losses": torch.stack(self.losses), **model.model.state_dict()}
         torch.save(state, self.folder / f"rank{trainer.global_rank}.pt")
-        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"summed": self.summed}))
+        record = {"summed": self.summed, "worst": model.worst_fitting}
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
 
 
 class Die(Callback):

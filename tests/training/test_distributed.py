@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from PIL import Image
 from soak import SOAK
 
 from anomalib_cfa import Cfa
@@ -99,6 +102,17 @@ def test_kept_features_do_not_change_what_several_processes_learn(images, fits, 
     fresh = states(images, tmp_path / "fresh", 2, bank="mean", feature_budget=0)
     for ours, theirs in zip(kept, fresh, strict=True):
         torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=0.02, atol=0)
+
+
+def test_all_processes_name_the_training_image_that_fits_worst(images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "images")
+    odd = root / "tile/train/good/006.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(odd)
+    states(root, tmp_path / "fit", 2)
+    first, second = (json.loads((tmp_path / f"fit/rank{rank}.json").read_text())["worst"] for rank in range(2))
+    assert first == second
+    assert first[0][0] == str(odd)
 
 
 @pytest.mark.parametrize("dies", [(1, "step"), pytest.param((0, "bank"), marks=IN_SOAK)])

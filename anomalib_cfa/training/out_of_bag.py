@@ -1,0 +1,119 @@
+"""Training images scored as if they were new: each by what the memory bank learned from the others."""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor
+
+from anomalib_cfa.bank.distances import block_rows
+from anomalib_cfa.post_processing import OneClassPostProcessor
+from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
+
+_NOBODY, _UNKNOWN = -1, -2  # in the place of an image: a centre that is nobody's own, an image that is not listed
+
+
+class OutOfBagScores:
+    """Scores the training images as they pass, from the targets that training finds anyhow.
+
+    A centre that lies nearest to a patch of an image is that image's own: any patch of it would find itself there. So
+    each patch is scored by the nearest centres that are not its image's own, and where all of its targets are, the
+    whole bank is searched. A bank of means, in which all images count, has no centre that is anyone's own.
+
+    Args:
+        model: The network, with its memory bank.
+        bank_images: Paths of the images that the memory bank came from, to which its sources refer.
+        images: Paths of the images that are trained on.
+        post_processor: Learns its thresholds from the predictions; None if nothing does.
+    """
+
+    def __init__(
+        self,
+        model: CfaModel,
+        bank_images: Sequence[str],
+        images: Sequence[str],
+        post_processor: OneClassPostProcessor | None = None,
+    ) -> None:
+        self._model = model
+        self._images = images
+        self._post_processor = post_processor
+        # By path: a data set may hold an image twice.
+        self._places = {path: place for place, path in enumerate(images)}
+        self._owners = self._owners_of(bank_images)
+        self._scores = torch.full((len(images),), torch.nan)
+        self._coming: list[int] = []
+        self._image_size = (0, 0)
+
+    def _owners_of(self, bank_images: Sequence[str]) -> Tensor:
+        """Each centre's image, as its place among those trained on, of shape (N,); others where it is none of them."""
+        bank = self._model.memory_bank
+        owners = torch.full((len(bank.centers),), _NOBODY, device=bank.centers.device)
+        numbers = bank.sources[:, 0].long()
+        if len(numbers) == len(owners) and int(numbers.min()) >= 0 and int(numbers.max()) < len(bank_images):
+            places = [self._places.get(path, _NOBODY) for path in bank_images]
+            owners = torch.tensor(places, device=owners.device)[numbers]
+        return owners
+
+    def start_batch(self, paths: Sequence[str] | None, image_size: tuple[int, int]) -> None:
+        """Say whose patches come next.
+
+        Args:
+            paths: The images' paths. None: they are not known, and the batch is passed over.
+            image_size: Height and width of the images in pixels.
+        """
+        self._coming = [self._places.get(str(path), _UNKNOWN) for path in paths or []]
+        self._image_size = image_size
+
+    @torch.no_grad()
+    def update(self, squared: Tensor, indices: Tensor, descriptors: Tensor) -> None:
+        """Take in the next images of the batch.
+
+        Args:
+            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
+            indices: Those centres' indices, of the same shape.
+            descriptors: The patch descriptors, of shape (B, h, w, D).
+        """
+        count = len(squared)
+        if len(self._coming) < count:
+            return
+        places, self._coming = torch.tensor(self._coming[:count]), self._coming[count:]
+        image = places.to(indices.device)[:, None, None].expand(indices.shape[:3])
+        elsewhere = squared.masked_fill(self._owners[indices] == image[..., None], torch.inf)
+        nearest, order = elsewhere.topk(self._model.scored_neighbors, largest=False)
+        indices = indices.gather(-1, order)
+        lacking = nearest[..., -1].isinf()
+        if lacking.any():
+            nearest[lacking], indices[lacking] = self._search(descriptors[lacking].float(), image[lacking])
+        of_map, of_image = self._model.score_distances(nearest, indices)
+        known = places >= 0
+        self._scores[places[known]] = of_image.flatten(1).amax(dim=1).float().cpu()[known]
+        if self._post_processor is not None and of_map.isfinite().all():  # where there is one image, no centre is left
+            anomaly_map, *more = self._model.smooth((of_map, of_image), self._image_size)
+            pred_score = [anomaly_map, *more][-1].amax(dim=(-2, -1))
+            self._post_processor.update(InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map))
+
+    def _search(self, patches: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances and indices of the centres nearest to patches, of shape (P, D), but for the images' own."""
+        centers = self._model.memory_bank.centers.float()
+        found = []
+        rows = block_rows(patches, len(centers))
+        for block, image in zip(patches.split(rows), images.split(rows), strict=True):
+            distances = torch.cdist(block, centers).masked_fill_(self._owners == image[:, None], torch.inf)
+            found.append(distances.topk(self._model.scored_neighbors, largest=False))
+        distances, indices = (torch.cat(part) for part in zip(*found, strict=True))
+        return distances.square(), indices
+
+    def worst(self, processes: Processes) -> WorstFitting:
+        """The images that stand out from all that were taken in since the fit began, each by its last score.
+
+        Args:
+            processes: Those that share the images.
+        """
+        finite = self._scores.isfinite()
+        sums = torch.stack([self._scores.where(finite, 0), finite.float()]).to(self._owners.device)
+        total, count = processes.sum(sums).cpu()
+        seen = count.nonzero().squeeze(1)
+        scores = (total / count)[seen]
+        return [(self._images[int(seen[place])], float(scores[place])) for place in stand_out(scores)]
