@@ -170,7 +170,7 @@ class CfaModel(nn.Module):
             if min(height, width) < smallest:
                 msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
                 raise ValueError(msg)
-        pyramid: list[Tensor] = self.patch_features(images)
+        pyramid: list[Tensor] = self.patch_features(images.as_subclass(Tensor))
         return pyramid
 
     def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
