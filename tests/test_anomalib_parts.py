@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import anomalib.models
 import numpy as np
@@ -12,19 +13,20 @@ import torch
 import yaml
 from anomalib import data
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem, MVTecAD
-from anomalib.data.datasets import MVTecADDataset
+from anomalib.data.datasets import MVTecADDataset, UCSDpedDataset
 from anomalib.data.utils import Split
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator, F1Score
 from anomalib.pipelines import Benchmark
 from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
-from anomalib.post_processing import MEBinPostProcessor, PostProcessor
+from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 from tiny import tiny_cfa
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler
 
 from anomalib_cfa import Cfa
+from anomalib_cfa.training.loaders import check_images
 
 TRAIN, GOOD, BAD = 4, 3, 3
 LOADING = {"num_workers": 0, "train_batch_size": 2, "eval_batch_size": 4}
@@ -232,37 +234,43 @@ VIDEOS = {"Avenue", "ShanghaiTech", "UCSDped"}
 
 
 def test_every_data_module_of_anomalib_has_a_case():
-    kinds = {name for name in data.__all__ if isinstance(found := getattr(data, name), type)}
+    kinds = {name for name in data.__all__ if isinstance(getattr(data, name), type)}
     modules = {name for name in kinds if issubclass(getattr(data, name), AnomalibDataModule)}
     assert modules - {"AnomalibDataModule"} == set(LAYOUTS) | VIDEOS
+
+
+def skip_what_anomalib_cannot_read(datamodule):
+    """Anomalib 2.7 reads some of its layouts with pandas below 3 only, whatever the model."""
+    try:
+        datamodule.setup()
+        readable = [dataset[0] for dataset in (datamodule.train_data, datamodule.test_data)]
+    except (IndexError, TypeError, ValueError) as error:
+        pytest.skip(f"anomalib itself does not read it with pandas {pd.__version__}: {error}")
+    assert len(readable) == 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_data_modules_images_are_trained_on_and_tested(tmp_path, name):
     datamodule = LAYOUTS[name](tmp_path / "set")
+    skip_what_anomalib_cannot_read(datamodule)
     model = tiny_cfa()
     run = engine(tmp_path)
     run.fit(model, datamodule=datamodule)
-    assert len(model.training_images) in {TRAIN, TRAIN + 1}  # Kolektor takes four fifths of the good ones
+    assert len(model.training_images) == len(datamodule.train_data) >= 2
     assert len(model.model.memory_bank.centers) == len(model.training_images) * 32
     assert float(model.post_processor.image_threshold) > 0
     (metrics,) = run.test(model, datamodule=datamodule, verbose=False)
+    assert metrics["image_AUROC"] == 1
     assert ("pixel_AUPRO" in metrics) == (name != "Datumaro")  # which has no masks
-    if name != "Datumaro":  # which puts no good images into the test
-        assert metrics["image_AUROC"] == 1
-        assert metrics["pixel_AUROC"] > 0.7
+    assert metrics.get("pixel_AUROC", 1) > 0.7
     batches = run.predict(model, datamodule=datamodule)
     assert sum(len(batch.pred_score) for batch in batches) == len(datamodule.test_data)
 
 
-def test_videos_are_refused_by_their_data_set(tmp_path):
-    for name in ("Train/Train001", "Test/Test001"):
-        for number in range(4):
-            draw(tmp_path / f"UCSDped2/{name}/{number:03d}.tif")
-    for number in range(4):
-        draw(tmp_path / f"UCSDped2/Test/Test001_gt/{number:03d}.bmp", "mask")
+def test_videos_are_refused_by_their_data_set():
+    dataset = object.__new__(UCSDpedDataset)  # to read one takes anomalib's extra `video`
     with pytest.raises(ValueError, match="must be images, but UCSDpedDataset holds videos"):
-        engine(tmp_path).fit(tiny_cfa(), datamodule=data.UCSDped(tmp_path, "UCSDped2", **LOADING))
+        check_images(SimpleNamespace(dataset=dataset), None)
 
 
 class Arrays(Dataset):
@@ -400,6 +408,7 @@ def test_the_tiled_ensembles_pipelines_end_with_their_table(tmp_path, monkeypatc
     draw_all(tmp_path / "set", "good", "fine", "bad", "masks/{0:03d}")
     where = {"normal_dir": "good", "normal_test_dir": "fine", "abnormal_dir": "bad", "mask_dir": "masks"}
     loading = {"name": "any", "root": str(tmp_path / "set"), "val_split_mode": "same_as_test", **where, **LOADING}
+    loading["test_split_mode"] = "from_dir"
     config = {
         "seed": 1,
         "accelerator": "cpu",
@@ -436,31 +445,36 @@ def test_anomalibs_own_benchmark_searches_a_grid_of_arguments(rendered_mvtec, tm
     assert results["image_AUROC"].between(0, 1).all()
 
 
+def drawn(fitted, root, folder, **options):
+    """The pictures that a visualizer makes of the first four test images."""
+    run = engine(folder, limit_test_batches=1)
+    model = Cfa(visualizer=ImageVisualizer(output_dir=folder / "drawn", **options))
+    run.test(model, datamodule=mvtec(root), ckpt_path=fitted[1].best_model_path, verbose=False)
+    return [Image.open(path) for path in sorted((folder / "drawn").rglob("*.png"))]
+
+
+@pytest.fixture(scope="module")
+def drawn_by_default(fitted, rendered_mvtec, tmp_path_factory):
+    return drawn(fitted, rendered_mvtec, tmp_path_factory.mktemp("drawn"))
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "size"),
     [
-        {},
-        {"fields": ["image"], "overlay_fields": [("image", ["pred_mask"])]},
-        {"field_size": (80, 60), "text_config": {"enable": False}},
-        {
-            "fields_config": {"image": {}},
-            "overlay_fields_config": {"pred_mask": {"mode": "contour", "color": (0, 0, 255)}},
-        },
+        ({}, (1024, 256)),
+        ({"fields": ["image"], "overlay_fields": [("image", ["pred_mask"])]}, (512, 256)),
+        ({"field_size": (80, 60), "text_config": {"enable": False}}, (320, 60)),
+        ({"overlay_fields_config": {"pred_mask": {"mode": "fill", "color": (0, 0, 255)}}}, (1024, 256)),
     ],
     ids=str,
 )
 def test_the_visualizer_draws_a_picture_of_each_image_as_it_is_told(
-    fitted, rendered_mvtec, tmp_path, monkeypatch, options
+    fitted, drawn_by_default, rendered_mvtec, tmp_path, options, size
 ):
-    pictures = {}
-    for name, chosen in (("default", {}), ("chosen", options)):
-        visualizer = ImageVisualizer(output_dir=tmp_path / name, **chosen)
-        model = Cfa(visualizer=visualizer)
-        run = engine(tmp_path)
-        run.test(model, datamodule=mvtec(rendered_mvtec), ckpt_path=fitted[1].best_model_path, verbose=False)
-        pictures[name] = [Image.open(path) for path in sorted((tmp_path / name).rglob("*.png"))]
-    assert len(pictures["chosen"]) == 8
-    same = [list(ours.getdata()) == list(plain.getdata()) for ours, plain in zip(*pictures.values(), strict=True)]
+    pictures = drawn(fitted, rendered_mvtec, tmp_path, **options)
+    assert len(pictures) == len(drawn_by_default) == 4
+    assert {picture.size for picture in pictures} == {size}
+    same = [ours.tobytes() == plain.tobytes() for ours, plain in zip(pictures, drawn_by_default, strict=True)]
     assert all(same) == (not options)
 
 
@@ -470,7 +484,6 @@ def test_the_visualizer_draws_a_picture_of_each_image_as_it_is_told(
         {"enable_normalization": False},
         {"enable_thresholding": False},
         {"enable_threshold_matching": False},
-        {"image_sensitivity": 0.9, "pixel_sensitivity": 0.1},
     ],
     ids=str,
 )
@@ -483,22 +496,16 @@ def test_the_post_processors_options_do_what_they_say(fitted, rendered_mvtec, tm
         for subject in (model, fitted[0])
     )
     first = run.predict(model, datamodule=mvtec(rendered_mvtec))[0]
-    if options.get("enable_normalization", True):
-        assert torch.allclose(ours, plain, atol=1e-4)
-    else:
+    if not options.get("enable_normalization", True):
         assert ours.max() > 1
+    elif not options.get("enable_thresholding", True):
+        assert (ours.min(), ours.max()) == (
+            0,
+            1,
+        )  # the range of the validation images, without a threshold in the middle
+    else:
+        assert torch.allclose(ours, plain, atol=1e-4)
     assert (first.pred_label is None) == (not options.get("enable_thresholding", True))
-    if "image_sensitivity" in options:
-        assert torch.equal(first.pred_label.flatten(), first.pred_score.flatten() > 1 - options["image_sensitivity"])
-
-
-def test_mebin_makes_the_masks(rendered_mvtec, tmp_path):
-    model = tiny_cfa(post_processor=MEBinPostProcessor())
-    run = engine(tmp_path)
-    run.fit(model, datamodule=mvtec(rendered_mvtec))
-    batches = run.predict(model, datamodule=mvtec(rendered_mvtec))
-    assert {batch.pred_mask.dtype for batch in batches} <= {torch.bool, torch.uint8, torch.int64}
-    assert all(batch.pred_mask.shape == batch.anomaly_map.shape for batch in batches)
 
 
 @pytest.mark.parametrize("where", ["cpu", "as it is"])
