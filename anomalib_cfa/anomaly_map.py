@@ -84,7 +84,7 @@ class AnomalyMapGenerator(nn.Module):
             return smoothed_resize_weights(patches, pixels, self.kernel)
         weights = self._weights.get((patches, pixels))
         if weights is None:
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 weights = smoothed_resize_weights(patches, pixels, self.kernel)
             if len(self._weights) >= _SIZES_KEPT:
                 self._weights = {}

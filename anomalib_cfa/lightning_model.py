@@ -223,9 +223,12 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None:
+            check_trainer(trainer)  # before callbacks set anything up
         # The last moment before Lightning takes 1,000 for want of epochs, steps or time.
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+            timed = any(timer.time_remaining() is not None for timer in timers)
             if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
                 trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
                 logger.info("Training for %d epoch, as no number of epochs, steps or time is given", DEFAULT_EPOCHS)
@@ -242,7 +245,6 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
 
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
-        check_trainer(self.trainer)
         do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
             seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
@@ -262,9 +264,9 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if self.model.memory_bank.is_built:
             logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
         else:
+            self.training_images = self._features.paths()
             self.model.patch_features.load_weights()
             self.model.fit(self._features, Processes.of(self.trainer.strategy))
-            self.training_images = self._features.paths()
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""

@@ -167,6 +167,7 @@ class CfaModel(nn.Module):
             if min(height, width) < smallest:
                 msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
                 raise ValueError(msg)
+            images = images.as_subclass(Tensor)  # no image of torchvision's, which compilers do not follow
         pyramid: list[Tensor] = self.patch_features(images)
         return pyramid
 

@@ -11,6 +11,7 @@ _BLOCK_BYTES = 16 * 2**20  # of a matrix held at a time: what a CPU's caches hol
 _BLOCK_BYTES_ON_ACCELERATOR = 256 * 2**20  # where each call costs
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # FAISS takes addresses, which no compiler follows
 def squared_distances(queries: Tensor, vectors: Tensor, indices: Tensor) -> Tensor:
     """Squared Euclidean distances of each query to the vectors chosen for it.
 

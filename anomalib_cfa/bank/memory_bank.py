@@ -58,7 +58,7 @@ class MemoryBank(DynamicBufferMixin):
         index = self._index
         if index is None or self._indexed != state:
             # Built aside and then put in place whole: several threads may arrive here at once.
-            with torch.inference_mode(mode=False), torch.autocast(self.centers.device.type, enabled=False):
+            with torch.inference_mode(False), torch.autocast(self.centers.device.type, enabled=False):
                 index = CenterIndex(self.centers.clone() if self.centers.is_inference() else self.centers, self.search)
             self._index, self._indexed = index, state
         return index

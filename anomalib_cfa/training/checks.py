@@ -5,15 +5,27 @@ import logging
 from anomalib.data import AnomalibDataModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
-from torch import nn
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import Tensor, nn
+
+from anomalib_cfa.training.kept_features import IndexedBatch
 
 logger = logging.getLogger(__name__)
 
-_BEFORE_THE_BANK: dict[type[Callback], str] = {
-    BatchSizeFinder: "it takes steps",
-    LearningRateFinder: "it takes steps",
-    WeightAveraging: "it copies the model",
+_REFUSED: dict[type[Callback], str] = {
+    BackboneFinetuning: "it trains the backbone, which is frozen",
+    BatchSizeFinder: "it takes steps before the memory bank is built",
+    LearningRateFinder: "it takes steps before the memory bank is built",
+    ModelPruning: "it prunes the backbone, which is frozen",
+    StochasticWeightAveraging: "it resets the batch normalization of the backbone, which is frozen",
+    WeightAveraging: "it copies the model before the memory bank is built",
 }
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -32,10 +44,31 @@ def check_trainer(trainer: Trainer) -> None:
         msg = "limit_train_batches must leave at least one batch to train on, but is 0"
         raise ValueError(msg)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own type lacks it
-        for kind, reason in _BEFORE_THE_BANK.items():
+        for kind, reason in _REFUSED.items():
             if trainer.training and isinstance(callback, kind):
-                msg = f"callbacks must not have {type(callback).__name__}: {reason} before the memory bank is built"
+                msg = f"callbacks must not have {type(callback).__name__}: {reason}"
                 raise ValueError(msg)
+
+
+def check_batch(batch: object) -> None:
+    """Check that a batch holds images.
+
+    Raises:
+        TypeError: If it is none of anomalib's.
+        ValueError: If what it holds is not of the shape (B, C, H, W).
+    """
+    if isinstance(batch, IndexedBatch):
+        return
+    image = getattr(batch, "image", None)
+    if not isinstance(image, Tensor):
+        msg = (
+            f"Batches must be of anomalib's kind, but one is of type {type(batch).__name__}: let the data set give "
+            "ImageItem, and take ImageBatch.collate as the loader's collate_fn"
+        )
+        raise TypeError(msg)
+    if image.ndim != 4:
+        msg = f"Batches must hold images of shape (B, 3, H, W), but {type(batch).__name__} has {tuple(image.shape)}"
+        raise ValueError(msg)
 
 
 def do_without_validation(trainer: Trainer) -> None:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.training.checks import check_batch
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch, IndexedDataset
 from anomalib_cfa.training.loaders import (
     check_images,
     feature_store,
     renew_if_treated_otherwise,
-    shard_loader,
     training_loader,
 )
+from anomalib_cfa.training.shards import bank_images, shard_loader
 
 
 class _Replaced:
@@ -61,6 +62,7 @@ class TrainingFeatures:
         self.budget = budget
         self.store: FeatureStore | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
+        self._bank_images: list[int] | None = None
         self.datamodule: Any = getattr(module.trainer, "datamodule", None)
         if isinstance(self.datamodule, AnomalibDataModule):
             # What an interrupted fit left is put back first.
@@ -91,10 +93,20 @@ class TrainingFeatures:
         return training_loader(loader, self.module.trainer, self.seed, self.store)
 
     def paths(self) -> list[str]:
-        """Paths of the images, in the data set's order; none if the data set does not tell."""
+        """Paths of the images that the memory bank is made of, in their order; none if the data set does not tell."""
+        places = self._places()
         loader: Any = self.module.trainer.train_dataloader
         dataset = loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
-        return [str(path) for path in dataset.samples.image_path] if isinstance(dataset, AnomalibDataset) else []
+        if not isinstance(dataset, AnomalibDataset):
+            return []
+        paths = list(dataset.samples.image_path)
+        return [str(paths[place]) for place in places]
+
+    def _places(self) -> list[int]:
+        """Places of those images in the data set, the same throughout a fit."""
+        if self._bank_images is None:
+            self._bank_images = bank_images(self.module.trainer)
+        return self._bank_images
 
     def start_epoch(self) -> None:
         """Notice if the images are no longer treated as when their features were kept."""
@@ -130,13 +142,14 @@ class TrainingFeatures:
 
     def __len__(self) -> int:
         """Batches of this process's share of the images."""
-        return len(shard_loader(self.module.trainer))
+        return len(shard_loader(self.module.trainer, self._places()))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Features of this process's share of the images, each image once, treated as training treats them."""
         trainer = self.module.trainer
-        for batch in shard_loader(trainer):
+        for batch in shard_loader(trainer, self._places()):
+            check_batch(batch)
             batch = trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.data import AnomalibDataset
+from anomalib.data.datasets.base.video import AnomalibVideoDataset
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
 from anomalib_cfa.pre_processing import find_random_part
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedDataset
+from anomalib_cfa.training.shards import shuffles_all
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def training_loader(
         A loader of the same images; the same one where it does not shuffle and nothing is kept.
     """
     overfits: float = getattr(trainer, "overfit_batches", 0)  # Lightning then wants its own order
-    shuffles = isinstance(loader.sampler, RandomSampler) and not overfits
+    shuffles = shuffles_all(loader.sampler) and not overfits
     if loader.batch_size is None or (store is None and not shuffles):
         return loader
     dataset = loader.dataset if store is None else IndexedDataset(loader.dataset, store.signatures)  # type: ignore[arg-type]
@@ -65,38 +67,6 @@ def training_loader(
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
-    )
-
-
-def shard_loader(trainer: Trainer) -> DataLoader[Any]:
-    """A loader of this process's share of the training images, in the data set's order, each once over all processes.
-
-    Limits that the trainer puts on training batches hold here too.
-
-    Args:
-        trainer: Holds the training images' loader, and knows the processes.
-
-    Raises:
-        TypeError: If the trainer does not have exactly one loader for training.
-        ValueError: If there are fewer images than processes.
-    """
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        msg = f"The training data must come from one DataLoader, but comes from {type(loader).__name__}"
-        raise TypeError(msg)
-    batch_size = loader.batch_size or 1
-    dataset: Any = loader.dataset
-    images = min(len(dataset), int(trainer.num_training_batches) * batch_size * trainer.world_size)
-    if images < trainer.world_size:
-        msg = f"The training data must hold an image for each of {trainer.world_size} processes, but holds {images}"
-        raise ValueError(msg)
-    return DataLoader(
-        Subset(dataset, range(trainer.global_rank, images, trainer.world_size)),
-        batch_size=batch_size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
     )
 
 
@@ -161,12 +131,16 @@ def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> No
     """Check the training images of an anomalib data set before any work starts.
 
     Raises:
-        ValueError: If there is none, one is anomalous or has more than 8 bits per channel, or they differ in size and
-            nothing brings them to one size: anomalib's collate function would quietly resize them to each other.
+        ValueError: If they are videos, there is none, one is anomalous or has more than 8 bits per channel, or they
+            differ in size and nothing brings them to one size: anomalib's collate function would quietly resize them to
+            each other.
     """
     dataset = loader.dataset
     if not isinstance(dataset, AnomalibDataset):
         return
+    if isinstance(dataset, AnomalibVideoDataset):
+        msg = f"The training data must be images, but {type(dataset).__name__} holds videos"
+        raise ValueError(msg)  # noqa: TRY004 - as for the other data sets that cannot be trained on
     if len(dataset) == 0 or not dataset.has_normal:
         msg = f"The training data must hold normal images, but {type(dataset).__name__} found none"
         raise ValueError(msg)

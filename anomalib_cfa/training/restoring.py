@@ -94,6 +94,9 @@ class CfaCheckpoints(AnomalibModule):
         make_exportable(self.pre_processor)
         if trainer is not None:
             self.evaluator, self.visualizer = before["evaluator"], before["visualizer"]
+            for component in (self.evaluator, self.visualizer):
+                # As callbacks they would take the state of the checkpoint's, which may have other metrics.
+                checkpoint.get("callbacks", {}).pop(getattr(component, "state_key", None), None)
             _detach([before[name] for name in COMPONENTS if getattr(self, name) is None], trainer)
             _renew_augmentations(trainer)
         kept = [name for name in _CHANGEABLE if name != "post_processor" or self.post_processor is None]
