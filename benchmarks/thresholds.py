@@ -149,7 +149,8 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
         "defective images found",
     ]
     notes = [
-        f"test images, means over {len({task['seed'] for task, _ in runs})} seeds; the rule was made with a look at these sets",
+        f"test images, means over {len({task['seed'] for task, _ in runs})} seeds",
+        "the rule was made with a look at development sets",
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}, {runs[0][0]['size']} x {runs[0][0]['size']}",
     ]
     table = markdown_table(head, lines)
