@@ -11,7 +11,6 @@ kept in ``results/accuracy.jsonl``; the tables are ``accuracy.md`` and ``accurac
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -25,7 +24,7 @@ from harness.images import ImageSet, load_image
 from harness.metrics import METRICS, raw_evaluator
 from harness.models import ANOMALIB_CFA, CFA, MODELS, bank_size, build_model
 from harness.tables import write_csv
-from harness.timing import alternate, peak_memory
+from harness.timing import alternate, now, peak_memory
 from lightning.pytorch import seed_everything
 
 Run = tuple[Task, Result]
@@ -81,11 +80,11 @@ def measure(task: Task) -> Result:
     root = Path(task["root"][task["data"]])
     datamodule = ImageSet(root, task["train_images"], task["seed"], task["test_step"])
     model, engine = prepare(task, has_masks=datamodule.has_masks)
-    began = time.perf_counter()
+    began = now()
     engine.fit(model, datamodule=datamodule)
-    seconds, peak = time.perf_counter() - began, peak_memory()
-    model.eval()
-    image = load_image(model, min((root / "train/good").iterdir()))
+    seconds, peak = now() - began, peak_memory(task["device"])
+    model.eval().to(task["device"])
+    image = load_image(model, min((root / "train/good").iterdir())).to(task["device"])
     with torch.inference_mode():
         (latency,) = alternate([lambda: model.model(image)], repeats=20)
     (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)
@@ -101,7 +100,7 @@ def prepare(task: Task, *, has_masks: bool) -> tuple[Any, Engine]:
     model.post_processor = None  # it would clamp scores to [0, 1]
     epochs = {} if task.get("epochs") is None else {"max_epochs": task["epochs"]}
     engine = Engine(
-        accelerator="cpu",
+        accelerator=task["device"],
         devices=1,
         limit_val_batches=0,
         logger=False,
@@ -138,7 +137,7 @@ def name_of(task: Task) -> str:
 
 
 def _row(task: Task, result: Result) -> dict[str, object]:
-    kept = ("data", "seed", "size", "train_images", "backbone", "weights")
+    kept = ("data", "seed", "size", "train_images", "backbone", "weights", "device")
     figures = {name: value for name, value in result.items() if name != "environment"}
     return {"model": name_of(task), **{name: task[name] for name in kept}, **figures}
 

@@ -105,16 +105,16 @@ def measure(task: Task) -> Result:
     datamodule = NormalImages(root, task["train_images"], task["seed"], task["test_step"], held_out)
     post_processor = SeveralRates(task["rates"])
     model = build_model({**task, "options": {"post_processor": post_processor}})
-    quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"accelerator": task["device"], "devices": 1, "logger": False, "enable_progress_bar": False}
     Engine(default_root_dir=task["work"], **quiet).fit(model, datamodule=datamodule)
-    model.eval()
+    model.eval().to(task["device"])
     counted = {rate: {"normal": [], "pixels": [], "defective": []} for rate in task["rates"]}
     with torch.inference_mode():
         for batch in datamodule.test_dataloader():
-            raw = model.model(model.pre_processor(batch.image))
+            raw = model.model(model.pre_processor(batch.image.to(task["device"])))
             for rate, processor in zip(task["rates"], post_processor.all, strict=True):
                 predicted = processor(raw)
-                normal = ~batch.gt_label
+                normal = ~batch.gt_label.to(task["device"])
                 counted[rate]["normal"] += predicted.pred_label[normal].float().tolist()
                 counted[rate]["defective"] += predicted.pred_label[~normal].float().tolist()
                 counted[rate]["pixels"] += predicted.pred_mask[normal].float().mean(dim=(-2, -1)).tolist()

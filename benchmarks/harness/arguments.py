@@ -20,6 +20,7 @@ def parser_for_sets(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of a benchmark over sets of images."""
     parser = base_parser(description)
     parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--test-step", type=int, default=1, help="test each n-th image only, for a quick look")
     return parser

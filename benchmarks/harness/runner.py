@@ -53,7 +53,9 @@ def carry_out(
     Returns:
         The finished tasks and their results, and whether these are all.
     """
-    tasks, store, known = list(tasks), Store(options.output / f"{question}.jsonl"), places(options)
+    device = getattr(options, "device", "cpu")
+    tasks = [{**task, "device": device} for task in tasks]
+    store, known = Store(options.output / f"{question}.jsonl"), places(options)
     began, minutes = time.monotonic(), options.minutes
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -15,17 +15,24 @@ def alternate(calls: Sequence[Callable[[], object]], repeats: int, warm_up: int 
     taken: list[list[float]] = [[] for _ in calls]
     for number in range(repeats + warm_up):
         for call, seconds in zip(calls, taken, strict=True):
-            began = time.perf_counter()
+            began = now()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             if number >= warm_up:
-                seconds.append(time.perf_counter() - began)
+                seconds.append(now() - began)
     return [median(seconds) for seconds in taken]
 
 
-def peak_memory() -> int:
-    """Most bytes that were resident in this process. Linux counts in KiB, macOS in bytes."""
+def now() -> float:
+    """Seconds, once a GPU has done what was asked of it before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Most bytes that were resident in this process, or that it held on a GPU. Linux counts in KiB, macOS in bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 2**10
 

@@ -58,7 +58,7 @@ def test_accuracy_sets_models_side_by_side(rendered_mvtec, weights, tmp_path, mo
     assert "| this Cfa, score nearest (1) |" in text
     rows = (tmp_path / "accuracy.csv").read_text().splitlines()
     assert len(rows) == 3
-    assert rows[0].startswith("model,data,seed,size,train_images,backbone,weights,image_RawAUROC")
+    assert rows[0].startswith("model,data,seed,size,train_images,backbone,weights,device,image_RawAUROC")
 
 
 def test_every_model_is_planned_for_every_set_and_size(rendered_mvtec, weights, tmp_path):
@@ -128,7 +128,8 @@ def test_speed_measures_each_part(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "_BATCH", 2)
     found = speed.measure({"what": "image", **shared})
     assert found["one_s"] > 0
-    assert speed.measure({"what": "fit", "model": CFA, **shared})["seconds"] > 0
+    found = speed.measure({"what": "fit", "model": CFA, **shared})
+    assert all(found[name] > 0 for name in ("fit_s", "fit_peak_bytes", "step_s", "one_s", "batch_s"))
 
 
 def test_speed_reports_ratios_and_growth(tmp_path, weights):
@@ -139,13 +140,13 @@ def test_speed_reports_ratios_and_growth(tmp_path, weights):
         figures = {"backbone_s": 4.0, "bank_s": 2.0, "centers": 16384, "small_s": 1.0, "large_s": 1.2}
         bank = task.get("bank") or 0
         figures |= {"one_backbone_s": 1.0, "one_s": 1 + bank**0.5, "batch_backbone_s": 1.0, "batch_s": 2.0}
-        runs.append((task, {**figures, "seconds": seconds, "inertia": 1.0, **ENVIRONMENT}))
+        runs.append((task, {**figures, "seconds": seconds, "inertia": 1.0, "fit_s": seconds, **ENVIRONMENT}))
     speed.report(runs, options)
     text = (tmp_path / "speed.md").read_text()
     assert "over the backbone's pass over 300 images | 2.00 s | 0.167 |" in text
     assert "| resnet18, 256 x 256 | 0.50 |" in text
-    assert "K-means" not in text
-    assert "| k-means, seconds: anomalib's Cfa over this package | 1.00 | 5.00 | 5.00 |" in text
+    for what in ("K-means", "fit"):
+        assert f"| {what}, seconds: anomalib's Cfa over this package | 1.00 | 5.00 | 5.00 |" in text
 
 
 def test_deployment_reports_agreement(tmp_path, rendered_mvtec):
