@@ -1,5 +1,6 @@
 """What a GPU computes is what the CPU computes, in every step from the fit to the export."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from anomalib_cfa.bank.search import SEARCH_KINDS
 from anomalib_cfa.inspect.predictors import load_predictor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """PyTorch rounds the inputs of a GPU's convolutions to TensorFloat-32 unless it is told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def predicted(model, images):
@@ -64,8 +71,8 @@ def test_the_search_finds_the_same_centres(kind):
 def test_a_model_fitted_on_the_gpu_scores_like_itself_on_the_cpu(options):
     model = fit_on_gpu(tiny_cfa(**options))
     images = noise(3, 64, 64, seed=2)
-    on_gpu = predicted(model, images.cuda())
-    assert_agree(on_gpu, predicted(model.cpu(), images))
+    on_gpu = predicted(model.model, images.cuda())
+    assert_agree(on_gpu, predicted(model.model.cpu(), images))
 
 
 def fit_on_gpu(model):
@@ -74,21 +81,18 @@ def fit_on_gpu(model):
     return model.cuda().eval()
 
 
-def test_a_bank_of_means_is_that_of_the_cpu():
-    ours, theirs = (tiny_cfa(bank="mean") for _ in range(2))
-    fit_to_noise(theirs)
-    fit_on_gpu(ours)
-    torch.testing.assert_close(
-        ours.model.memory_bank.centers.cpu(), theirs.model.memory_bank.centers, rtol=1e-3, atol=1e-3
-    )
+def test_a_model_fitted_on_the_gpu_scores_like_one_fitted_on_the_cpu():
+    """Though the descriptor may start turned or mirrored, as an eigenvector's sign is anybody's."""
+    on_gpu, on_cpu = fit_on_gpu(tiny_cfa(bank="mean")), fit_to_noise(tiny_cfa(bank="mean"))
+    images = noise(3, 64, 64, seed=2)
+    assert_agree(predicted(on_gpu.model, images.cuda()), predicted(on_cpu.model, images), tolerance=1e-2)
 
 
 def test_a_training_step_has_the_gradients_of_the_cpu():
     model = fit_to_noise(tiny_cfa(radius=0.5))
     gradients = {}
     for device in ("cpu", "cuda"):
-        network = model.model.to(device)
-        network.zero_grad()
+        network = copy.deepcopy(model.model).to(device)
         squared, _, _ = network.targets(network.pyramid(noise(2, 64, 64, seed=3).to(device)))
         sum(model.loss(squared, network.radius)).backward()
         gradients[device] = [parameter.grad.cpu() for parameter in network.trained_parameters()]
