@@ -25,7 +25,7 @@ from harness.metrics import METRICS, raw_evaluator
 from harness.models import ANOMALIB_CFA, CFA, MODELS, bank_size, build_model
 from harness.tables import write_csv
 from harness.timing import alternate, now, peak_memory
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 Run = tuple[Task, Result]
 
@@ -93,7 +93,7 @@ def measure(task: Task) -> Result:
     return {**metrics, **counts, **costs, "epochs": engine.trainer.current_epoch}
 
 
-def prepare(task: Task, *, has_masks: bool) -> tuple[Any, Engine]:
+def prepare(task: Task, *, has_masks: bool, callbacks: Sequence[Callback] = ()) -> tuple[Any, Engine]:
     """A task's model, scored as it is, and an engine to fit and test it with."""
     model = build_model(task)
     model.evaluator = raw_evaluator(has_masks=has_masks)
@@ -102,6 +102,7 @@ def prepare(task: Task, *, has_masks: bool) -> tuple[Any, Engine]:
     engine = Engine(
         accelerator=task["device"],
         devices=1,
+        callbacks=list(callbacks),
         limit_val_batches=0,
         logger=False,
         enable_progress_bar=False,

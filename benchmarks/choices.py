@@ -10,17 +10,20 @@ picture is ``choices.png``.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import accuracy
+import torch
 from harness import Result, Task, answer, markdown_table, write_report
 from harness.arguments import Backbones, parser_for_sets
-from harness.metrics import METRICS
+from harness.images import ImageSet
+from harness.metrics import METRICS, raw_evaluator
 from harness.models import CFA
 from harness.tables import write_csv
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,14 +35,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "mean of each position": {"bank": "mean", "gamma_c": 1},
         "the paper's EMA": {"bank": "ema", "gamma_c": 1},
     },
-    "training": {
-        f"lr {lr:g}, {epochs} epochs": {"lr": lr, "epochs": epochs} for lr in (1e-4, 1e-3) for epochs in (0, 1, 3, 10)
-    },
+    "training": {f"lr {lr:g}": {"lr": lr, "epochs": [0, 1, 2, 3, 5, 10]} for lr in (1e-4, 1e-3)},
     "start": {f"whitening {power}": {"whitening": power} for power in (0.5, None, 0, 0.25, 0.75, 1)},
     "search": {kind: {"search": kind} for kind in ("exact", "two_level")},
     "views": {"whole image": {}, "and its centre": {"center_view": True}},
 }
-"""Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``."""
+"""Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``, or several of them to
+look in upon one fit after each."""
 
 Figures = Mapping[str, Mapping[str, float]]  # by variant and set
 
@@ -68,22 +70,68 @@ def plan(options: argparse.Namespace) -> Iterator[Task]:
 
 
 def measure(task: Task) -> Result:
-    """Measure the accuracy of a variant; the backbone's features are kept for all runs that share them."""
+    """Measure the accuracy of a variant, or how it goes from epoch to epoch."""
     options = dict(task["options"])
     epochs = options.pop("epochs", None)
-    weights = task["files"][task["backbone"]]
-    return accuracy.measure({**task, "options": options, "epochs": epochs, "weights_path": weights})
+    task = {**task, "options": options, "epochs": epochs, "weights_path": task["files"][task["backbone"]]}
+    return measure_curve(task) if isinstance(epochs, list) else accuracy.measure(task)
+
+
+def measure_curve(task: Task) -> Result:
+    """Test a model after some of its epochs."""
+    seed_everything(task["seed"], verbose=False)
+    datamodule = ImageSet(Path(task["root"][task["data"]]), task["train_images"], task["seed"], task["test_step"])
+    curve = Curve(task["epochs"], datamodule)
+    whole = {**task, "epochs": max(task["epochs"])}
+    model, engine = accuracy.prepare(whole, has_masks=datamodule.has_masks, callbacks=[curve])
+    engine.fit(model, datamodule=datamodule)
+    return {"after": curve.found}
+
+
+class Curve(Callback):
+    """Tests the model after some epochs of a fit.
+
+    It does so when the next epoch starts, since the score is calibrated anew at the very end of one.
+
+    Args:
+        epochs: After how many; 0 is the model as it starts.
+        datamodule: Its test images.
+    """
+
+    def __init__(self, epochs: Collection[int], datamodule: ImageSet) -> None:
+        self.epochs, self.datamodule = epochs, datamodule
+        self.found: dict[str, dict[str, float]] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the model after all epochs but the last."""
+        self._test(trainer.current_epoch, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the model after the last epoch."""
+        self._test(trainer.current_epoch, pl_module)
+
+    @torch.no_grad()
+    def _test(self, epoch: int, model: Any) -> None:  # noqa: ANN401 - this package's Cfa
+        if epoch not in self.epochs:
+            return
+        metrics = raw_evaluator(has_masks=self.datamodule.has_masks).test_metrics
+        training = model.model.training
+        model.model.eval()
+        for batch in self.datamodule.test_dataloader():
+            model.pre_processor.on_test_batch_start(None, None, batch, 0)
+            found = model.model(batch.image.to(model.device))
+            batch.update(pred_score=found.pred_score.cpu(), anomaly_map=found.anomaly_map.cpu())
+            for metric in metrics:
+                metric.update(batch)
+        model.model.train(training)
+        self.found[str(epoch)] = {metric.name: float(metric.compute()) for metric in metrics}
 
 
 def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> None:
     """Write tables and picture of finished runs."""
     if not runs:
         return
-    columns = ("group", "variant", "data", "seed", "backbone", "size", "train_images")
-    rows = [
-        {**{name: task[name] for name in columns}, **{metric: result.get(metric) for metric in METRICS}}
-        for task, result in runs
-    ]
+    rows = [row for task, result in runs for row in _rows(task, result)]
     write_csv(options.output / "choices.csv", rows)
     sections = []
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -98,6 +146,14 @@ def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> 
         "each figure is a mean over seeds; 'left out': the variant that is best on the other sets, on the one left out",
     ]
     write_report(options.output / "choices.md", "Choices", notes, sections, [result for _, result in runs])
+
+
+def _rows(task: Task, result: Result) -> Iterator[dict[str, Any]]:
+    columns = ("group", "variant", "data", "seed", "backbone", "size", "train_images")
+    row = {name: task[name] for name in columns}
+    for epochs, found in result.get("after", {None: result}).items():
+        variant = row["variant"] if epochs is None else f"{row['variant']}, {epochs} epochs"
+        yield {**row, "variant": variant, **{metric: found.get(metric) for metric in METRICS}}
 
 
 def averages(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import accuracy
@@ -80,6 +81,23 @@ def test_choices_compare_variants(rendered_mvtec, weights, tmp_path, monkeypatch
     assert "development data" in text
     assert "| left out |" in text
     assert (tmp_path / "choices.png").stat().st_size > 1000
+
+
+def test_a_curve_ends_where_a_fit_of_as_many_epochs_does(rendered_mvtec, weights, tmp_path, monkeypatch):
+    in_this_process(monkeypatch, choices, tmp_path)
+    variants = {"lr": {"epochs": [0, 1, 2]}, "none": {"epochs": 0}, "one": {"epochs": 1}, "two": {"epochs": 2}}
+    for name, arguments_of_cfa in variants.items():
+        variants[name] = {**arguments_of_cfa, "lr": 0.1}
+    monkeypatch.setattr(choices, "GROUPS", {"training": variants})
+    line = arguments(rendered_mvtec, weights, tmp_path, "--backbone", f"{TINY}={weights}")
+    assert answer("choices", line) == 0
+    rows = csv.DictReader((tmp_path / "choices.csv").open())
+    found = {(row["variant"], row["data"]): row["pixel_AUPRO"] for row in rows}
+    assert len(found) == 6 * 2
+    for data in ("tile", "metal_nut"):
+        curve = [found[f"lr, {epochs} epochs", data] for epochs in range(3)]
+        assert list(map(float, curve)) == pytest.approx([float(found[name, data]) for name in ("none", "one", "two")])
+        assert len(set(curve)) == 3
 
 
 def test_the_variant_that_is_best_elsewhere_is_judged_on_the_set_left_out():
