@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,12 @@ def rendered_mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("rendered")
     return render_mvtec(root, num_train=6, num_good=2, num_defective=2, image_size=64)
+
+
+@pytest.fixture(scope="session")
+def resident_bytes() -> Callable[[], int]:
+    """Measures the memory that this process holds."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("how much memory a process holds is read from /proc")
+    return lambda: 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])

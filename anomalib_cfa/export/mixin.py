@@ -15,10 +15,10 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
 
+from anomalib_cfa.export.loops import leading_resize, one_image_at_a_time, one_image_of_any_size_at_a_time
 from anomalib_cfa.export.openvino import (
     keep_float32,
     module_names,
-    one_image_at_a_time,
     operations,
     outside_of,
     use_single_output_max_pools,
@@ -135,7 +135,10 @@ class CfaExport(ExportMixin):
         compression_type = None if compression_type is None else CompressionType(compression_type)
         check_compression(compression_type, datamodule, max_drop)
         with self._ready(), _staged(export_root, ExportType.OPENVINO) as (staging, folder):
-            onnx_path = self.to_onnx(staging / "onnx", model_file_name, input_size, **(onnx_kwargs or {}))
+            # A model of any size is one of its own size, and a resize that OpenVINO does in memory that it uses again.
+            own_size = leading_resize(self.pre_processor) if input_size is None and not onnx_kwargs else None
+            size = own_size or input_size
+            onnx_path = self.to_onnx(staging / "onnx", model_file_name, size, **(onnx_kwargs or {}))
             names = module_names(onnx_path)
             model = openvino.convert_model(onnx_path, **(ov_kwargs or {}))
             use_single_output_max_pools(model)
@@ -149,7 +152,8 @@ class CfaExport(ExportMixin):
             keep_float32(kept)
             marked = staging / f"{model_file_name}.xml"
             openvino.save_model(model, marked, compress_to_fp16=False)
-            model = one_image_at_a_time(openvino.Core().read_model(marked))
+            in_a_loop = one_image_at_a_time if own_size is None else one_image_of_any_size_at_a_time
+            model = in_a_loop(openvino.Core().read_model(marked))
             path = staging / ExportType.OPENVINO.value / f"{model_file_name}.xml"
             path.parent.mkdir()
             openvino.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)

@@ -103,37 +103,3 @@ def keep_float32(marked: list[Any], constants_too: bool = True) -> None:
         constants = [value.get_node() for value in operation.input_values()] if constants_too else []
         for node in (operation, *(node for node in constants if node.get_type_name() == "Constant")):
             node.get_rt_info()[_KEEP_FLOAT32] = ""
-
-
-def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
-    """Run a batch as a loop over its images.
-
-    OpenVINO was seen to keep every tensor of an unknown size for the whole run, which for the rankings is patches x
-    centres. Within the loop the number of images is known to be one, and with it every size behind the resize: memory
-    is used again.
-
-    Args:
-        model: An OpenVINO model of one input, whose outputs all have the batch as their first dimension. It becomes
-            the loop's body.
-
-    Returns:
-        A model of the same input and outputs.
-    """
-    import openvino  # noqa: PLC0415 - optional
-    from openvino import opset13  # noqa: PLC0415 - optional
-
-    [inner] = model.get_parameters()
-    shape, names = inner.get_partial_shape(), [output.get_names() for output in model.outputs]
-    images = opset13.parameter(shape, inner.get_element_type(), name=inner.get_friendly_name())
-    images.output(0).set_names(inner.output(0).get_names())
-    shape[0] = openvino.Dimension(1)
-    model.reshape(shape)
-
-    loop = opset13.tensor_iterator()
-    loop.set_body(model)
-    slices = {"start": 0, "stride": 1, "part_size": 1, "end": -1, "axis": 0}
-    loop.set_sliced_input(inner, images.output(0), *slices.values())
-    outputs = [loop.get_concatenated_slices(result.output(0), *slices.values()) for result in model.get_results()]
-    for output, known in zip(outputs, names, strict=True):
-        output.set_names(known)
-    return openvino.Model([opset13.result(output) for output in outputs], [images])

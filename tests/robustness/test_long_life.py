@@ -4,7 +4,6 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,15 +29,7 @@ def predict(model, image):
     return found.pred_score, found.anomaly_map
 
 
-def resident_bytes():
-    """Memory that the process holds."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("how much memory a process holds is read from /proc")
-    return 1024 * int(status.read_text().split("VmRSS:")[1].split()[0])
-
-
-def test_thousands_of_predictions_from_several_threads_give_the_same_answers_in_the_same_memory(model):
+def test_thousands_of_predictions_from_several_threads_give_the_same_answers_in_the_same_memory(model, resident_bytes):
     images = [noise(1, *size, seed=seed) for seed, size in enumerate(SIZES)]
     expected = [predict(model, image) for image in images]
 

@@ -1,0 +1,60 @@
+"""OpenVINO exports take images of any size, in memory that does not grow with the sizes seen."""
+
+import gc
+from itertools import product
+
+import numpy as np
+import pytest
+from anomalib.pre_processing import PreProcessor
+from exporting import fitted, tiny
+from soak import count
+from torchvision.transforms import InterpolationMode, v2
+
+from anomalib_cfa.export.loops import leading_resize
+from anomalib_cfa.pre_processing import configure_pre_processor, make_exportable
+
+
+def exportable(*parts):
+    pre_processor = PreProcessor(v2.Compose(list(parts)))
+    make_exportable(pre_processor)
+    return pre_processor
+
+
+@pytest.mark.parametrize(
+    ("pre_processor", "size"),
+    [
+        (configure_pre_processor((64, 96)), (64, 96)),
+        (configure_pre_processor((64, 96), (32, 32)), (64, 96)),
+        (exportable(v2.Compose([v2.Resize((40, 50))]), v2.CenterCrop(20)), (40, 50)),
+        (exportable(v2.CenterCrop(20), v2.Resize((40, 50))), None),
+        (exportable(v2.Resize(40)), None),
+        (exportable(v2.Resize((40, 50), interpolation=InterpolationMode.BICUBIC)), None),
+        (exportable(v2.Resize((40, 50), antialias=False)), None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_the_resize_that_comes_first_is_found(pre_processor, size):
+    assert leading_resize(pre_processor) == size
+
+
+def test_memory_does_not_grow_with_the_sizes_seen(tmp_path, resident_bytes):
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(fitted(tiny()).to_openvino(tmp_path), "CPU")
+    sizes = list(product(range(20, 420, 4), repeat=2))
+    np.random.default_rng(0).shuffle(sizes)
+
+    def run(number):
+        for height, width in sizes[:number]:
+            compiled(np.full((1, 3, height, width), 0.5, np.float32))
+        del sizes[:number]
+        gc.collect()
+
+    compiled(np.full((1, 3, 420, 420), 0.5, np.float32))
+    run(100)
+    before = resident_bytes()
+    number = count(quick=300, soak=9000)
+    run(number)
+    grown = resident_bytes() - before
+    print(f"{number} sizes: {grown / 2**20:+.1f} MiB")
+    assert grown < count(quick=10, soak=50) * 2**20
