@@ -107,8 +107,9 @@ class CfaExport(ExportMixin):
     ) -> Path:
         """Export to OpenVINO, pre- and post-processing included.
 
-        Every compression is of the backbone alone. All else is computed in float32, also where OpenVINO would choose
-        bfloat16; without compression and with ``FP16`` the backbone is, too. A batch is worked on image by image.
+        Every compression is of the backbone alone, and lets OpenVINO choose the precision that it computes the backbone
+        in: bfloat16 on CPUs that have it, unless its caller asks for float32. All else is computed in float32; without
+        compression the backbone is, too. A batch is worked on image by image.
 
         Args:
             export_root: Folder for ``weights/openvino``.
@@ -143,9 +144,9 @@ class CfaExport(ExportMixin):
             model = openvino.convert_model(onnx_path, **(ov_kwargs or {}))
             use_single_output_max_pools(model)
             kept = outside_of(_BACKBONE, model, names)
-            if compression_type in {None, CompressionType.FP16}:
-                keep_float32(operations(model), constants_too=compression_type is None)
-            else:
+            if compression_type is None:
+                kept = operations(model)
+            elif compression_type != CompressionType.FP16:
                 seed = getattr(self, "hparams", {}).get("seed", 0)
                 model = compress(model, compression_type, kept, datamodule, self.pre_processor, metric, max_drop, seed)
                 kept = outside_of(_BACKBONE, model, names)

@@ -2,7 +2,7 @@
 
 Where the CPU can, OpenVINO computes in bfloat16 unless its caller objects, and a file cannot object for a whole model.
 Measured on the magnetic tiles, that flips the label of one image in a hundred, even if the backbone alone does it; so a
-mark on each operation keeps it in float32.
+mark on each operation keeps it in float32, but for the backbone's where the export was asked for less.
 """
 
 import ast
@@ -89,7 +89,7 @@ def use_single_output_max_pools(model: Any) -> None:  # noqa: ANN401 - OpenVINO 
             target.replace_source_output(plain.output(0))
 
 
-def keep_float32(marked: list[Any], constants_too: bool = True) -> None:
+def keep_float32(marked: list[Any]) -> None:
     """Have operations computed in float32 whatever the precision, and the constants that they read saved so.
 
     It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by
@@ -97,9 +97,8 @@ def keep_float32(marked: list[Any], constants_too: bool = True) -> None:
 
     Args:
         marked: Operations of an OpenVINO model, marked in place.
-        constants_too: Whether their constants are never compressed.
     """
     for operation in marked:
-        constants = [value.get_node() for value in operation.input_values()] if constants_too else []
+        constants = [value.get_node() for value in operation.input_values()]
         for node in (operation, *(node for node in constants if node.get_type_name() == "Constant")):
             node.get_rt_info()[_KEEP_FLOAT32] = ""

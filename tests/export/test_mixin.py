@@ -115,12 +115,21 @@ def test_centre_crop_and_a_pre_processor_of_ones_own(tmp_path):
     assert_agree(run_openvino(model.to_openvino(tmp_path), image), expected)
 
 
-@pytest.mark.parametrize("compression", [None, CompressionType.FP16])
-def test_openvino_computes_in_float32_where_it_would_not(model, tmp_path, compression):
-    path = model.to_openvino(tmp_path, compression_type=compression)
+def test_openvino_computes_in_float32_where_it_would_not(openvino_path):
     image = torch.rand(2, 3, 150, 101)
-    low, full = (run_openvino(path, image, precision) for precision in ("bf16", "f32"))
+    low, full = (run_openvino(openvino_path, image, precision) for precision in ("bf16", "f32"))
     assert_agree(low, full, tolerance=1e-6)
+
+
+def test_half_precision_leaves_the_backbone_alone_to_openvino(model, tmp_path):
+    import openvino
+
+    read = openvino.Core().read_model(model.to_openvino(tmp_path, compression_type=CompressionType.FP16))
+    [loop] = [node for node in operations(read) if node.get_type_name() == "TensorIterator"]
+    inside = operations(loop.get_function())
+    free = {node.get_type_name() for node in inside if "DisablePrecisionConversion_0" not in node.get_rt_info()}
+    assert "Convolution" in free
+    assert not free & {"TopK", "MatMul"}
 
 
 def test_behind_the_resize_openvino_knows_all_sizes(openvino_path):
