@@ -95,7 +95,7 @@ def one_image_of_any_size_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVI
     keep_float32(operations(outside))
 
     image = opset13.parameter([1, channels, -1, -1], np.float32)
-    of_rows, of_columns = (opset13.parameter([new, -1], np.float32) for new in new_size)
+    of_rows, of_columns = (opset13.parameter([1, 1, new, -1], np.float32) for new in new_size)
     resized = _resize_in_strips(image, of_rows, of_columns, [1, channels, *new_size])
     for target in inner.output(0).get_target_inputs():
         target.replace_source_output(resized)
@@ -138,8 +138,8 @@ def _resize_in_strips(image: Any, rows: Any, columns: Any, shape: list[int]) -> 
 
     _, channels, height, width = shape
     strip = opset13.parameter([1, channels, _STRIP, -1], np.float32)
-    of_rows = opset13.parameter([height, _STRIP], np.float32)
-    of_columns = opset13.parameter([width, -1], np.float32)
+    of_rows = opset13.parameter([1, 1, height, _STRIP], np.float32)
+    of_columns = opset13.parameter([1, 1, width, -1], np.float32)
     so_far = opset13.parameter(shape, np.float32)
     narrow = opset13.matmul(strip, of_columns, transpose_a=False, transpose_b=True)
     product = opset13.matmul(of_rows, narrow, transpose_a=False, transpose_b=False)
@@ -153,7 +153,7 @@ def _resize_in_strips(image: Any, rows: Any, columns: Any, shape: list[int]) -> 
     loop = opset13.loop(strips, opset13.constant(np.array(True)))
     loop.set_function(body)
     loop.set_special_body_ports([-1, 0])
-    for parameter, whole, axis in ((strip, image, 2), (of_rows, rows, 1)):
+    for parameter, whole, axis in ((strip, image, 2), (of_rows, rows, 3)):
         loop.set_sliced_input(parameter, whole.output(0), 0, _STRIP, _STRIP, -1, axis)
     loop.set_invariant_input(of_columns, columns.output(0))
     loop.set_merged_input(so_far, opset13.constant(np.zeros(shape, np.float32)).output(0), added.output(0))
@@ -169,20 +169,21 @@ def _axis_weights(size: Any, padded: Any, new_size: int) -> Any:  # noqa: ANN401
         new_size: Pixels wanted.
 
     Returns:
-        Weights of shape (new_size, padded), zero for what is behind the pixels.
+        Weights of shape (1, 1, new_size, padded), zero for what is behind the pixels. Factors of other ranks would cost
+        a product its float32.
     """
     from openvino import opset13  # noqa: PLC0415 - optional
 
     zero, one, two = map(np.int32, (0, 1, 2))
     pixel = opset13.add(opset13.multiply(opset13.range(zero, padded, one, "i32"), two), one)
-    new_pixel = 2 * np.arange(new_size, dtype=np.int32)[:, None] + 1
+    new_pixel = 2 * np.arange(new_size, dtype=np.int32)[None, None, :, None] + 1
     offsets = opset13.abs(
         opset13.subtract(opset13.multiply(pixel, np.int32(new_size)), opset13.multiply(new_pixel, size))
     )
     width = opset13.multiply(opset13.maximum(size, np.int32(new_size)), two)
     weights = opset13.convert(opset13.maximum(opset13.subtract(width, offsets), zero), "f32")
     weights = opset13.multiply(weights, opset13.convert(opset13.less(pixel, opset13.multiply(size, two)), "f32"))
-    total = opset13.reduce_sum(weights, np.int32(1), keep_dims=True)
+    total = opset13.reduce_sum(weights, np.int32(3), keep_dims=True)
     # As there, for want of a division in float32.
     inverse = opset13.exp(opset13.negative(opset13.log(total)))
     step = opset13.subtract(np.float32(2), opset13.multiply(total, inverse))

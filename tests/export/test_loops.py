@@ -5,12 +5,15 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from anomalib.pre_processing import PreProcessor
 from exporting import fitted, tiny
 from soak import count
+from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms import InterpolationMode, v2
 
-from anomalib_cfa.export.loops import leading_resize
+from anomalib_cfa.export.loops import leading_resize, one_image_of_any_size_at_a_time
+from anomalib_cfa.export.openvino import keep_float32, operations
 from anomalib_cfa.pre_processing import configure_pre_processor, make_exportable
 
 
@@ -36,6 +39,24 @@ def exportable(*parts):
 )
 def test_the_resize_that_comes_first_is_found(pre_processor, size):
     assert leading_resize(pre_processor) == size
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_strips_add_up_to_the_resize(precision, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    opset = openvino.opset13
+    images = opset.parameter([-1, 3, 60, 90], np.float32, name="input")
+    images.output(0).set_names({"input"})
+    resized = opset.result(opset.add(images, np.float32(0)))
+    resized.output(0).set_names({"resized"})
+    model = openvino.Model([resized], [images])
+    keep_float32(operations(model))
+    openvino.save_model(one_image_of_any_size_at_a_time(model), tmp_path / "model.xml", compress_to_fp16=False)
+    compiled = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    for size in ((60, 90), (64, 128), (1, 1), (63, 65), (129, 700), (1000, 30)):
+        image = torch.rand(2, 3, *size)
+        expected = F.interpolate(image, (60, 90), mode="bilinear", antialias=True)
+        torch.testing.assert_close(torch.from_numpy(compiled(image.numpy())["resized"]), expected, rtol=0, atol=2e-5)
 
 
 def test_memory_does_not_grow_with_the_sizes_seen(tmp_path, resident_bytes):
