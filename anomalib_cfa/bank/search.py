@@ -43,8 +43,8 @@ class CenterIndex(nn.Module):
     """
 
     centers: Tensor
-    origin: Tensor
-    directions: Tensor
+    minus_origin: Tensor
+    minus_directions: Tensor
     table: Tensor
     means: Tensor
     members: Tensor
@@ -62,7 +62,7 @@ class CenterIndex(nn.Module):
             directions = _principal_directions(centers - origin)
         projected = (centers - origin) @ directions
         table = _with_half_norm(projected)
-        buffers = {"centers": centers, "origin": origin, "directions": directions}
+        buffers = {"centers": centers, "minus_origin": -origin, "minus_directions": -directions}
         if self.has_two_levels:
             groups = _part(projected, torch.arange(count, device=table.device), -(-count // _GROUP))
             members = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=count)
@@ -129,8 +129,9 @@ class CenterIndex(nn.Module):
 
     def _candidates(self, queries: Tensor, k: int) -> Tensor:
         """Centres that may be the nearest ones, of shape (B, h, w, candidates)."""
-        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1).
-        projected = (self.origin - queries) @ self.directions
+        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1). Written as a sum,
+        # the difference stays in float32 in OpenVINO.
+        projected = (queries + self.minus_origin) @ self.minus_directions
         projected = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
         if not self.has_two_levels:
@@ -148,7 +149,7 @@ class CenterIndex(nn.Module):
         return whole[:, :height, :width]
 
     def _measure_in_graph(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        # Differences as sums with a negated table keep their float32 mark in OpenVINO.
+        # As sums with a negated table the differences stay in float32 in OpenVINO, too.
         negated = -self.centers
         distances = [
             (queries + F.embedding(candidate, negated)).square().sum(dim=-1, keepdim=True)

@@ -60,7 +60,8 @@ def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path)
             assert_agree(run_openvino(openvino_path, image), predict(model, image))
 
 
-def test_a_bank_that_is_searched_in_two_levels_agrees(tmp_path):
+@pytest.fixture
+def searched_in_two_levels() -> Cfa:
     model = fitted(tiny())
     network = model.model
     with torch.no_grad():
@@ -69,12 +70,32 @@ def test_a_bank_that_is_searched_in_two_levels_agrees(tmp_path):
     network.calibration.mean.uniform_(0, 0.1)
     network.calibration.deviation.uniform_(0.1, 0.2)
     assert network.memory_bank.index.has_two_levels
+    return model
+
+
+def test_a_bank_that_is_searched_in_two_levels_agrees(searched_in_two_levels, tmp_path):
+    model = searched_in_two_levels
     onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
     for size, batch in ((IMAGE_SIZES[0], 1), (IMAGE_SIZES[1], 3)):
         image = torch.rand(batch, 3, *size)
         expected = predict(model, image)
         assert_agree(run_onnx(onnx_path, image), expected)
         assert_agree(run_openvino(openvino_path, image), expected)
+
+
+def test_openvino_computes_nothing_but_ones_in_bfloat16(searched_in_two_levels, tmp_path, monkeypatch):
+    """Of the loop's body, as what a loop holds cannot be looked into once it is compiled."""
+    import openvino
+
+    monkeypatch.setattr("anomalib_cfa.export.mixin.one_image_of_any_size_at_a_time", lambda model: model)
+    path = searched_in_two_levels.to_openvino(tmp_path)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    low = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        kind, precision = (node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision"))
+        if precision == "bf16" and kind != "Reorder":
+            low.append(node.get_friendly_name())
+    assert all("ones_like" in name for name in low), low
 
 
 def test_both_views_are_exported(tmp_path):
