@@ -138,9 +138,9 @@ def name_of(task: Task) -> str:
 
 
 def _row(task: Task, result: Result) -> dict[str, object]:
-    kept = ("data", "seed", "size", "train_images", "backbone", "weights", "device")
+    kept = ("data", "seed", "size", "train_images", "backbone", "weights")
     figures = {name: value for name, value in result.items() if name != "environment"}
-    return {"model": name_of(task), **{name: task[name] for name in kept}, **figures}
+    return {"model": name_of(task), **{name: task[name] for name in kept}, **figures, "machine": _machine(result)}
 
 
 def _by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -165,18 +165,24 @@ def _values(runs: Sequence[Run], data: str, metric: str) -> list[float]:
     return [result[metric] for task, result in runs if task["data"] == data and metric in result]
 
 
+def _machine(result: Result) -> str:
+    machine: dict[str, str] = result["environment"]["machine"]
+    return machine.get("accelerator") or machine["processor"]
+
+
 def _cost_table(runs: Sequence[Run]) -> str:
     lines = []
-    for name, of_model in _by_model(runs).items():
-        results = [result for _, result in of_model]
+    for name, machine in dict.fromkeys((name_of(task), _machine(result)) for task, result in runs):
+        results = [result for task, result in runs if (name_of(task), _machine(result)) == (name, machine)]
         fits = sorted(result["fit_s"] for result in results)
         fit = f"{figure(median(fits))} s ({figure(fits[0])} to {figure(fits[-1])})"
         memory = f"{figure(max(result['fit_peak_bytes'] for result in results) / 2**30)} GiB"
         banks = sorted({result["bank"] or 0 for result in results})
         bank = f"{banks[0]} to {banks[-1]}" if len(banks) > 1 else str(banks[0] or "none")
         latency = f"{figure(1e3 * median(result['latency_s'] for result in results))} ms"
-        lines.append([name, fit, memory, latency, bank])
-    return markdown_table(["", "fit, median over sets", "its peak memory, at most", "one image", "bank"], lines)
+        lines.append([name, machine, fit, memory, latency, bank])
+    head = ["", "on", "fit, median over sets", "its peak memory, at most", "one image", "bank"]
+    return markdown_table(head, lines)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ def carry_out(
         question: The benchmark's file, without ``.py``; its function ``measure`` measures a task. Results are kept in
             ``QUESTION.jsonl`` in the output folder.
         tasks: All tasks. ``task["label"]`` is what the progress shows; where ``task["side"]`` is ``"anomalib"``, the
-            ``Cfa`` of the process is anomalib's own. The :func:`~harness.arguments.places` of the options join them.
+            ``Cfa`` of the process is anomalib's own. Threads, device and the :func:`~harness.arguments.places` of the
+            options join them for the measurement, but do not tell one task from another.
         options: Those of :func:`~harness.arguments.base_parser`, among others.
 
     Returns:
         The finished tasks and their results, and whether these are all.
     """
-    device = getattr(options, "device", "cpu")
-    tasks = [{**task, "device": device} for task in tasks]
-    store, known = Store(options.output / f"{question}.jsonl"), places(options)
+    tasks, store = list(tasks), Store(options.output / f"{question}.jsonl")
+    known = {"threads": options.threads, "device": getattr(options, "device", "cpu"), **places(options)}
     began, minutes = time.monotonic(), options.minutes
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -66,7 +66,7 @@ def carry_out(
                 if minutes is not None and time.monotonic() - began > 60 * minutes:
                     continue
                 try:
-                    store.put(task, _in_process(question, {**task, **known, "threads": options.threads}))
+                    store.put(task, _in_process(question, {**known, **task}))
                 except RuntimeError as error:
                     progress.console.print(f"{task['label']} failed: {error}")
             progress.advance(bar)

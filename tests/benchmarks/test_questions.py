@@ -59,7 +59,7 @@ def test_accuracy_sets_models_side_by_side(rendered_mvtec, weights, tmp_path, mo
     assert "| this Cfa, score nearest (1) |" in text
     rows = (tmp_path / "accuracy.csv").read_text().splitlines()
     assert len(rows) == 3
-    assert rows[0].startswith("model,data,seed,size,train_images,backbone,weights,device,image_RawAUROC")
+    assert rows[0].startswith("model,data,seed,size,train_images,backbone,weights,image_RawAUROC")
 
 
 def test_every_model_is_planned_for_every_set_and_size(rendered_mvtec, weights, tmp_path):

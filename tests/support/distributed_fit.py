@@ -66,7 +66,7 @@ def main(root: str, folder: str, processes: str, options: str) -> None:
     torch.set_num_threads(1)
     arguments = json.loads(options)
     dies = arguments.pop("dies", None)
-    model = Cfa("test_resnet.r160_in1k", pre_trained=False, image_size=64, visualizer=False, **arguments)
+    model = Cfa("test_resnet.r160_in1k", pre_trained=False, visualizer=False, **{"image_size": 64, **arguments})
     datamodule = MVTecAD(root, category="tile", train_batch_size=6 // int(processes), eval_batch_size=2, num_workers=0)
     engine = Engine(
         max_epochs=2,

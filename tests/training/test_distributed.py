@@ -97,6 +97,15 @@ def test_the_other_banks_are_one_and_the_same_on_all_processes(images, tmp_path,
 
 
 @IN_SOAK
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_bank_as_large_as_the_default_is_one_and_the_same(images, tmp_path, processes):
+    """Built by K-means in two levels, and searched in two."""
+    together = states(images, tmp_path / "fit", processes, image_size=512)
+    assert_one_and_the_same(together)
+    assert len(together[0]["memory_bank.centers"]) == 16384
+
+
+@IN_SOAK
 def test_kept_features_do_not_change_what_several_processes_learn(images, fits, tmp_path):
     _, kept = fits(2)
     fresh = states(images, tmp_path / "fresh", 2, bank="mean", feature_budget=0)
