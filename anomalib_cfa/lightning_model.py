@@ -225,7 +225,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             check_trainer(trainer)  # before callbacks set anything up
-        # The last moment before Lightning takes 1,000 for want of epochs, steps or time.
+        # The last moment before Lightning, given no epochs, steps or time, would set 1,000 epochs.
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
             timed = any(timer.time_remaining() is not None for timer in timers)
@@ -262,7 +262,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         self.trainer.fit_loop.setup_data()
         if self.model.memory_bank.is_built:
-            logger.info("Training goes on with the memory bank that the model has; clear_memory_bank() forgets it")
+            logger.info("Training continues with the model's memory bank; clear_memory_bank() discards it")
         else:
             self.training_images = self._features.paths()
             self.model.patch_features.load_weights()

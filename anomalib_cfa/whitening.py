@@ -54,7 +54,7 @@ class PatchStatistics:
             ValueError: If there was no image.
         """
         if self.total is None or self.products is None:
-            msg = "The normal images must be at least one, but there are none"
+            msg = "There must be at least one normal image, but there is none"
             raise ValueError(msg)
         count = processes.sum(torch.tensor(self.count, device=self.total.device))
         mean = processes.sum(self.total) / count

@@ -139,7 +139,7 @@ def test_a_second_fit_keeps_the_bank_and_says_so(rendered_mvtec, tmp_path, caplo
     with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec, category="metal_nut"))
     assert torch.equal(model.model.memory_bank.centers, bank)
-    assert "goes on with the memory bank" in caplog.text
+    assert "continues with the model's memory bank" in caplog.text
     model.clear_memory_bank()
     with pytest.raises(RuntimeError, match="memory bank is not built"):
         model(torch.rand(1, 3, 64, 64))

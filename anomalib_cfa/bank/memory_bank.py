@@ -52,7 +52,7 @@ class MemoryBank(DynamicBufferMixin):
         """The search over the centres as they are now; built when it is first needed."""
         if self._index is not None and torch.compiler.is_exporting():
             return self._index  # the tensors that are traced are stand-ins
-        # An inference tensor has no version: nobody can change it in place outside of inference mode.
+        # An inference tensor has no version, as it cannot be changed in place outside of inference mode.
         version = None if self.centers.is_inference() else self.centers._version  # noqa: SLF001 - has no other name
         state = (self.centers.data_ptr(), version)
         index = self._index

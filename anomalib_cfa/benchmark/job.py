@@ -177,7 +177,7 @@ class Job(BenchmarkJob):
             inspect_samples(
                 ModelPredictor(model), listed_samples(dataset.samples), page, self.title, self.spec.model_name
             )
-        except ValueError as error:  # of a model that does not normalize its scores, whose result is good all the same
+        except ValueError as error:  # of a model that does not normalize its scores, whose result is valid nevertheless
             print(f"{self.title}: no page to inspect it: {error}", flush=True)
 
     @staticmethod

@@ -184,7 +184,7 @@ def _axis_weights(size: Any, padded: Any, new_size: int) -> Any:  # noqa: ANN401
     weights = opset13.convert(opset13.maximum(opset13.subtract(width, offsets), zero), "f32")
     weights = opset13.multiply(weights, opset13.convert(opset13.less(pixel, opset13.multiply(size, two)), "f32"))
     total = opset13.reduce_sum(weights, np.int32(3), keep_dims=True)
-    # As there, for want of a division in float32.
+    # As there, since OpenVINO has no division in float32.
     inverse = opset13.exp(opset13.negative(opset13.log(total)))
     step = opset13.subtract(np.float32(2), opset13.multiply(total, inverse))
     return opset13.multiply(weights, opset13.multiply(inverse, step))

@@ -20,7 +20,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``.safetensors``, ``.pth`` or ``.pt`` file with the keys of timm's model, which are torchvision's too
-            for ResNets and VGGs. Keys of layers that the network lacks do no harm.
+            for ResNets and VGGs. Keys of layers that the network does not have are ignored.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,7 +72,7 @@ def hub_options(name: str) -> dict[str, object]:
 def unreachable(name: str, error: Exception) -> ConnectionError:
     """The error that the pre-trained weights of a model cannot be downloaded."""
     return ConnectionError(
-        f"the pre-trained weights {name!r} are neither in the local cache nor to be had from {ENDPOINT} ({error}); "
+        f"the pre-trained weights {name!r} are not in the local cache, and {ENDPOINT} cannot be reached ({error}); "
         "give a local file as weights_path, or connect once to fill the cache"
     )
 

@@ -1,6 +1,6 @@
 """Set the thresholds of a checkpoint: ``python -m anomalib_cfa.inspect.thresholds MODEL.ckpt --image 0.47``.
 
-Anomalib's exports read them from the checkpoint only; `anomalib export` heeds no option of the model's beside one.
+Anomalib's exports read them from the checkpoint only; `anomalib export` ignores other options of the model.
 """
 
 import argparse
@@ -17,12 +17,12 @@ _CONFIG = "anomalib_post_processor_config"
 def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | None = None) -> None:
     """Set the thresholds with which a checkpoint predicts and is exported, in the file itself.
 
-    They are kept as anomalib's ``image_sensitivity`` and ``pixel_sensitivity``, which are 1 less the threshold.
+    They are kept as anomalib's ``image_sensitivity`` and ``pixel_sensitivity``, which are 1 minus the threshold.
 
     Args:
         checkpoint: The file, replaced in one step.
         image: Normalized score above which an image is called defective. None: as it is.
-        pixel: The same of a pixel.
+        pixel: Likewise of a pixel.
 
     Raises:
         ValueError: If a threshold is not from 0 to 1, or the checkpoint is not one of anomalib's with a post-processor.

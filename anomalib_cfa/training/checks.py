@@ -1,4 +1,4 @@
-"""What a trainer can be asked for, and what a model lacks: checked before the work starts."""
+"""Checks of the trainer, the batches and the model, before any long work starts."""
 
 import logging
 
@@ -72,7 +72,7 @@ def check_batch(batch: object) -> None:
 
 
 def do_without_validation(trainer: Trainer) -> None:
-    """Run no validation where the data module has no images for one: anomalib would ask for them all the same."""
+    """Skip validation where the data module has no images for it; anomalib would fail asking for them."""
     datamodule = getattr(trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
         trainer.limit_val_batches = 0

@@ -160,7 +160,7 @@ def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
         if mode.startswith(_CLIPPED_MODES):
             msg = (
                 "The training images must have 8 bits per channel, since anomalib's reader clips larger values, but "
-                f"{path} is of Pillow's mode {mode!r}: convert the images, those to be tested alike"
+                f"{path} is of Pillow's mode {mode!r}: convert the images to 8 bits, test images too"
             )
             raise ValueError(msg)
         if len(sizes) > 1 and not of_any_size:

@@ -12,11 +12,11 @@ from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
 
-_NOBODY, _UNKNOWN = -1, -2  # in the place of an image: a centre that is nobody's own, an image that is not listed
+_NOBODY, _UNKNOWN = -1, -2  # in place of an image: the centre belongs to none, the image is not listed
 
 
 class OutOfBagScores:
-    """Scores the training images as they pass, from the targets that training finds anyhow.
+    """Scores the training images as they pass, from the targets that training finds in any case.
 
     A centre that lies nearest to a patch of an image is that image's own: any patch of it would find itself there. So
     each patch is scored by the nearest centres that are not its image's own, and where all of its targets are, the

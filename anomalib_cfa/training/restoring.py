@@ -85,7 +85,7 @@ class CfaCheckpoints(AnomalibModule):
             self.setup(TrainerFn.FITTING)  # with the new network and pre-processor
 
     def _restore_components(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
-        """Restore the pre- and post-processor; the evaluator and the visualizer may be others now."""
+        """Restore the pre- and post-processor; the evaluator and the visualizer may have changed."""
         config = checkpoint.get("anomalib_pre_processor_config") or {}
         if config.get("transform") is None and "pre_processor" in self._given:
             checkpoint.pop("anomalib_pre_processor_config", None)  # anomalib could not save it: the given one stays

@@ -51,7 +51,7 @@ def log_worst(worst: WorstFitting) -> None:
         logger.info("No training image stands out from the others")
         return
     names = "".join(f"\n  {path} ({score:.3g})" for path, score in worst)
-    logger.warning("These training images stand out from the others; look whether they are normal:%s", names)
+    logger.warning("These training images stand out from the others; check whether they are normal:%s", names)
 
 
 def saved_worst_fitting(saved: object) -> WorstFitting:

@@ -54,7 +54,7 @@ def file(text: str) -> Path:
 
 
 def places(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the files and folders of the options are: no part of a task, whose result does not depend on that."""
+    """Where the files and folders of the options are. Results do not depend on that, so it is not part of a task."""
     given = vars(options)
     found: dict[str, Any] = {
         name: str(given[name].resolve()) for name in ("weights_path", "ckpt_path") if name in given
