@@ -93,7 +93,7 @@ def keep_float32(marked: list[Any]) -> None:
     """Have operations computed in float32 whatever the precision, and the constants that they read saved so.
 
     It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by
-    others: see the exported forms in :mod:`anomalib_cfa.export.network`.
+    others: the network is written in forms that it keeps.
 
     Args:
         marked: Operations of an OpenVINO model, marked in place.
