@@ -1,10 +1,12 @@
-"""K-means by FAISS, in two levels where the centres are many."""
+"""K-means: by FAISS, in two levels where the centres are many, or on the accelerator that has the points."""
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from anomalib_cfa.bank.distances import block_rows
 
 _POINTS_IN_CLUSTER = 1024  # about so many points are clustered at once on the second level
 _FEWEST_FOR_TWO_LEVELS = 2048  # centres
@@ -17,9 +19,9 @@ Indices = NDArray[np.int64]
 def k_means(points: Tensor, clusters: int, seed: int, iterations: int = _ITERATIONS) -> tuple[Tensor, Tensor]:
     """Cluster points.
 
-    Many centres are found in two levels: the points are parted into clusters of about a thousand, and each of these is
-    clustered by itself, into a share of the centres in proportion to its points. That compares a point with some
-    hundred centres instead of with all.
+    On a CPU many centres are found in two levels: the points are parted into clusters of about a thousand, and each of
+    these is clustered by itself, into a share of the centres in proportion to its points. That compares a point with
+    some hundred centres instead of with all. An accelerator compares it with all.
 
     Args:
         points: Points of shape (P, D).
@@ -31,13 +33,34 @@ def k_means(points: Tensor, clusters: int, seed: int, iterations: int = _ITERATI
         Centres of shape (clusters, D), on the points' device, and for each the index of a point that is nearest to it,
         of shape (clusters,).
     """
-    vectors = np.ascontiguousarray(points.detach().float().cpu().numpy())
+    if points.device.type != "cpu":
+        return _lloyd(points.detach().float(), clusters, seed, iterations)
+    vectors = np.ascontiguousarray(points.detach().float().numpy())
     parts = len(vectors) // _POINTS_IN_CLUSTER
     if clusters < _FEWEST_FOR_TWO_LEVELS or parts < 2:
         centers, nearest = _cluster(vectors, clusters, seed, iterations)
     else:
         centers, nearest = _cluster_in_parts(vectors, clusters, parts, seed, iterations)
-    return torch.from_numpy(centers).to(points.device), torch.from_numpy(nearest).to(points.device)
+    return torch.from_numpy(centers), torch.from_numpy(nearest)
+
+
+def _lloyd(points: Tensor, clusters: int, seed: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's iterations from random points, in tensor algebra that rounds the same each time."""
+    start = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:clusters]
+    centers = points[start.to(points.device)]
+    for _ in range(iterations):
+        nearest = _nearest(points, centers)
+        counts = nearest.bincount(minlength=clusters)
+        means = torch.segment_reduce(points[nearest.argsort(stable=True)], "mean", lengths=counts)
+        centers = means.where(counts[:, None] > 0, centers)  # of equal points one has none nearest to it
+    return centers, _nearest(centers, points)
+
+
+def _nearest(queries: Tensor, vectors: Tensor) -> Tensor:
+    """The index of the vector nearest to each query."""
+    half_norms = vectors.square().sum(dim=1) / 2
+    blocks = queries.split(block_rows(queries, len(vectors)))
+    return torch.cat([(half_norms - block @ vectors.T).argmin(dim=1) for block in blocks])
 
 
 def _cluster(vectors: Vectors, clusters: int, seed: int, iterations: int) -> tuple[Vectors, Indices]:

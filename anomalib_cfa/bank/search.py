@@ -162,6 +162,8 @@ def _in_blocks(patches: Tensor) -> Tensor:
     """Patches of shape (B, h, w, d) as square blocks of them, of shape (blocks, d, 16); the last ones are repeated."""
     for axis in (1, 2):
         size = patches.shape[axis]
+        if isinstance(size, int) and size % _SIDE == 0:
+            continue
         wanted = (size + _SIDE - 1) // _SIDE * _SIDE
         patches = patches.index_select(axis, torch.arange(wanted, device=patches.device).clamp(max=size - 1))
     blocks: Tensor = rearrange(patches, "b (i y) (j x) d -> (b i j) d (y x)", y=_SIDE, x=_SIDE)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank.k_means import k_means, proportional_shares
+from anomalib_cfa.bank.k_means import _ITERATIONS, _lloyd, k_means, proportional_shares
 
 
 def clustered(count: int, seed: int = 0) -> torch.Tensor:
@@ -17,12 +17,20 @@ def inertia(points: torch.Tensor, centers: torch.Tensor) -> float:
     return float(torch.cdist(points, centers).min(dim=1).values.square().sum())
 
 
-def test_depends_on_its_seed_alone_and_beats_random_centers():
+def as_on_an_accelerator(points: torch.Tensor, clusters: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _lloyd(points, clusters, seed, _ITERATIONS)
+
+
+BOTH = pytest.mark.parametrize("cluster", [k_means, as_on_an_accelerator])
+
+
+@BOTH
+def test_depends_on_its_seed_alone_and_beats_random_centers(cluster):
     points = clustered(400)
     torch.manual_seed(0)
-    first, _ = k_means(points, 40, seed=1)
+    first, _ = cluster(points, 40, seed=1)
     torch.manual_seed(1)
-    assert torch.equal(first, k_means(points, 40, seed=1)[0])
+    assert torch.equal(first, cluster(points, 40, seed=1)[0])
     assert inertia(points, first) < 0.9 * inertia(points, points[:40])
 
 
@@ -35,10 +43,29 @@ def test_two_levels_are_as_good_as_one(monkeypatch):
     assert inertia(points, two) < 1.05 * inertia(points, one)
 
 
-@pytest.mark.parametrize(("count", "clusters"), [(300, 40), (300, 300), (5000, 2100), (2500, 2500)])
-def test_each_center_names_a_point_that_is_nearest(count, clusters):
+@pytest.mark.parametrize(("count", "clusters"), [(300, 40), (5000, 2100)])
+def test_an_accelerator_clusters_as_well(count, clusters):
     points = clustered(count)
-    centers, nearest = k_means(points, clusters, seed=0)
+    ours, theirs = (
+        sum(inertia(points, cluster(points, clusters, seed)[0]) for seed in range(5))
+        for cluster in (as_on_an_accelerator, k_means)
+    )
+    assert ours < 1.03 * theirs
+
+
+@BOTH
+def test_equal_points_are_clustered(cluster):
+    points = clustered(20).repeat(10, 1)
+    centers, _ = cluster(points, 50, seed=0)
+    assert centers.isfinite().all()
+    assert torch.cdist(centers, points).amin(dim=1).max() < 5
+
+
+@BOTH
+@pytest.mark.parametrize(("count", "clusters"), [(300, 40), (300, 300), (5000, 2100), (2500, 2500)])
+def test_each_center_names_a_point_that_is_nearest(count, clusters, cluster):
+    points = clustered(count)
+    centers, nearest = cluster(points, clusters, seed=0)
     assert centers.shape == (clusters, 8)
     to_named = (centers - points[nearest]).norm(dim=1)
     to_nearest = torch.cdist(centers, points).min(dim=1).values
