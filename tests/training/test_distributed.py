@@ -100,7 +100,7 @@ def test_the_other_banks_are_one_and_the_same_on_all_processes(images, tmp_path,
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_bank_as_large_as_the_default_is_one_and_the_same(images, tmp_path, processes):
     """Built by K-means in two levels, and searched in two."""
-    together = states(images, tmp_path / "fit", processes, image_size=512)
+    together = states(images, tmp_path / "fit", processes, image_size=512, timeout=1800)
     assert_one_and_the_same(together)
     assert len(together[0]["memory_bank.centers"]) == 16384
 
