@@ -151,9 +151,11 @@ def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> 
 def _rows(task: Task, result: Result) -> Iterator[dict[str, Any]]:
     columns = ("group", "variant", "data", "seed", "backbone", "size", "train_images")
     row = {name: task[name] for name in columns}
-    for epochs, found in result.get("after", {None: result}).items():
-        variant = row["variant"] if epochs is None else f"{row['variant']}, {epochs} epochs"
-        yield {**row, "variant": variant, **{metric: found.get(metric) for metric in METRICS}}
+    if "after" not in result:
+        yield {**row, **{metric: result.get(metric) for metric in METRICS}}
+    for epochs, found in result.get("after", {}).items():
+        of_epoch = {"variant": f"{row['variant']}, {epochs} epochs", "curve": row["variant"], "epochs": int(epochs)}
+        yield {**row, **of_epoch, **{metric: found.get(metric) for metric in METRICS}}
 
 
 def averages(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:
@@ -198,7 +200,7 @@ def _table(figures: Figures, title: str) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw each variant's mean over the sets, a panel for each group and metric."""
+    """Draw each variant's mean over the sets, or how it goes over epochs, a panel for each group and metric."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     figure = Figure(figsize=(4.5 * len(METRICS), 2.6 * len(groups)), layout="constrained")
@@ -206,13 +208,26 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for line, group in zip(panels, groups, strict=True):
         for panel, (metric, title) in zip(line, METRICS.items(), strict=True):
             for backbone in backbones:
-                of_group = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
-                means = {name: mean(cells.values()) for name, cells in averages(of_group, metric).items()}
-                panel.plot(list(means.values()), list(means), "o-", label=backbone)
+                chosen = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
+                for label, x, y in _lines(chosen, metric):
+                    panel.plot(x, y, "o-", label=f"{backbone}{label}")
             panel.set(title=f"{title}, {group}")
             panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+        line[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """What to draw of a group and a backbone: a curve over epochs for each variant, or a line through all variants."""
+    means = {name: mean(cells.values()) for name, cells in averages(rows, metric).items()}
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "curve" in row and row["variant"] in means:
+            curves.setdefault(row["curve"], {})[row["epochs"]] = means[row["variant"]]
+    for name, curve in curves.items():
+        yield f", {name}", *map(list, zip(*sorted(curve.items()), strict=True))
+    if not curves and means:
+        yield "", list(means.values()), list(means)
 
 
 if __name__ == "__main__":
