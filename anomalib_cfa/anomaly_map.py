@@ -51,9 +51,9 @@ class AnomalyMapGenerator(nn.Module):
     def __init__(self, sigma: float = 4.0) -> None:
         super().__init__()
         taps = compute_kernel_size(sigma)
-        offsets = torch.arange(taps) - taps // 2
+        offsets = torch.arange(taps, dtype=torch.float64) - taps // 2  # in float32 a tiny sigma is zero
         kernel = torch.exp(-(offsets / sigma).square() / 2)
-        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
+        self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
         self.min_image_size = taps // 2 + 1  # the blur reflects at the border
         self._weights: dict[tuple[int, int], Tensor] = {}  # of the sizes last seen: costlier than what they are for
 

@@ -43,6 +43,14 @@ def _integer(least: int) -> Rule:
     return f"an integer of at least {least}", lambda value: _is_integer(value, least)
 
 
+def _above_zero(most: int) -> Rule:
+    return f"a number above 0 and at most {most}", lambda value: _is_number(value) and 0 < value <= most
+
+
+def _from_zero(most: int) -> Rule:
+    return f"a number from 0 to {most}", lambda value: _is_number(value) and 0 <= value <= most
+
+
 def _choice(values: Sequence[str]) -> Rule:
     return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
 
@@ -51,8 +59,6 @@ def _component(name: str, kind: type) -> Rule:
     return f"True, False or {name}", lambda value: isinstance(value, bool | kind)
 
 
-_POSITIVE: Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
-_NOT_NEGATIVE: Rule = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 _FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 _SIZE: Rule = (
     "None, a positive integer or a pair of them (height, width)",
@@ -65,7 +71,7 @@ RULES: dict[str, Rule] = {
     "gamma_d": _integer(1),
     "num_nearest_neighbors": _integer(1),
     "num_hard_negative_features": _integer(0),
-    "radius": _NOT_NEGATIVE,
+    "radius": _from_zero(1000),  # a patch lies at a distance of about 1
     "pre_processor": _component("a torch module such as anomalib's PreProcessor", nn.Module),
     "post_processor": _component("a torch module such as anomalib's PostProcessor", nn.Module),
     "evaluator": _component("anomalib's Evaluator", Evaluator),
@@ -85,12 +91,12 @@ RULES: dict[str, Rule] = {
         lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
     ),
     "learn_radius": _FLAG,
-    "alpha": _NOT_NEGATIVE,
+    "alpha": _from_zero(10**6),
     "search": _choice(tuple(SEARCH_KINDS)),
-    "lr": _POSITIVE,
-    "weight_decay": _NOT_NEGATIVE,
+    "lr": _above_zero(1000),
+    "weight_decay": _from_zero(1000),
     "score": _choice(SCORES),
-    "sigma": _POSITIVE,
+    "sigma": _above_zero(1000),
     "center_view": _FLAG,
     "seed": (  # FAISS takes no larger one
         "an integer of at least 0 and below 2^31",

@@ -21,9 +21,10 @@ def test_map_is_upsampled_and_smoothed_as_one_two_dimensional_gaussian_would(siz
     torch.testing.assert_close(AnomalyMapGenerator(4.0)(scores, size), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_constant_scores_stay_constant():
+@pytest.mark.parametrize("sigma", [1e-300, 2.0])
+def test_constant_scores_stay_constant(sigma):
     torch.testing.assert_close(
-        AnomalyMapGenerator(2.0)(torch.full((1, 4, 4), 3.0), (32, 32)), torch.full((1, 32, 32), 3.0)
+        AnomalyMapGenerator(sigma)(torch.full((1, 4, 4), 3.0), (32, 32)), torch.full((1, 32, 32), 3.0)
     )
 
 

@@ -11,7 +11,7 @@ from anomalib_cfa.bank.search import SEARCH_KINDS
 LAYERS = ["layer1", "layer2", "layer3", "layer1.0", "layer2.0", "layer3.0"]
 
 SENSIBLE = {
-    "gamma_c": st.integers(1, 20),
+    "gamma_c": st.none() | st.integers(1, 20) | st.floats(0.05, 20),
     "gamma_d": st.integers(1, 20),
     "num_nearest_neighbors": st.integers(1, 12),
     "num_hard_negative_features": st.integers(0, 12),
@@ -23,9 +23,11 @@ SENSIBLE = {
     "alpha": st.floats(0, 10),
     "nu": st.floats(1e-6, 1e3),
     "search": st.sampled_from(SEARCH_KINDS),
-    "score": st.sampled_from(["calibrated", "nearest", "softmin"]),
+    "score": st.sampled_from(["local", "calibrated", "nearest", "softmin"]),
     "sigma": st.floats(0.1, 8),
     "seed": st.integers(0, 2**31 - 1),
+    "whitening": st.none() | st.floats(0, 1),
+    "false_alarm_rate": st.floats(1e-6, 0.5),
     "image_size": st.integers(8, 100) | st.lists(st.integers(8, 100), min_size=2, max_size=2),
     "center_crop_size": st.none() | st.integers(8, 100),
 }

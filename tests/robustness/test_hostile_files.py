@@ -81,7 +81,7 @@ TAMPERS = {
     "deeper": lambda value: value[None],
     "empty": lambda value: value[:0],
     "zero": torch.zeros_like,
-    "negative": lambda value: -value,
+    "negative": lambda value: value.logical_not() if value.dtype == torch.bool else -value,
     "integer": lambda value: value.long(),
     "double": lambda value: value.double(),
     "half": lambda value: value.half(),
