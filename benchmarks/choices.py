@@ -210,7 +210,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             for backbone in backbones:
                 chosen = [row for row in rows if (row["group"], row["backbone"]) == (group, backbone)]
                 for label, x, y in _lines(chosen, metric):
-                    panel.plot(x, y, "o-", label=f"{backbone}{label}")
+                    panel.plot(x, y, "o-" if label else "o", label=f"{backbone}{label}")
+                    panel.set(xlabel="epochs" if label else title)
             panel.set(title=f"{title}, {group}")
             panel.grid(alpha=0.3)
         line[0].legend(fontsize=7)
