@@ -1,4 +1,4 @@
-"""OpenVINO exports take images of any size, in memory that does not grow with the sizes seen."""
+"""Exports take images of any size, in memory that does not grow with the sizes seen."""
 
 import gc
 from itertools import product
@@ -59,23 +59,39 @@ def test_strips_add_up_to_the_resize(precision, tmp_path):
         torch.testing.assert_close(torch.from_numpy(compiled(image.numpy())["resized"]), expected, rtol=0, atol=2e-5)
 
 
-def test_memory_does_not_grow_with_the_sizes_seen(tmp_path, resident_bytes):
+def in_openvino(model, folder):
     openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(fitted(tiny()).to_openvino(tmp_path), "CPU")
+    return openvino.Core().compile_model(model.to_openvino(folder), "CPU")
+
+
+def in_onnx_runtime(model, folder):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(model.to_onnx(folder))
+    return lambda image: session.run(None, {"input": image})
+
+
+def in_pytorch(model, folder):
+    model.eval()
+    return torch.no_grad()(lambda image: model(torch.from_numpy(image)))
+
+
+@pytest.mark.parametrize("runtime", [in_openvino, in_onnx_runtime, in_pytorch])
+def test_memory_does_not_grow_with_the_sizes_seen(runtime, tmp_path, resident_bytes):
+    predict = runtime(fitted(tiny()), tmp_path)
     sizes = list(product(range(20, 420, 4), repeat=2))
     np.random.default_rng(0).shuffle(sizes)
 
     def run(number):
         for height, width in sizes[:number]:
-            compiled(np.full((1, 3, height, width), 0.5, np.float32))
+            predict(np.full((1, 3, height, width), 0.5, np.float32))
         del sizes[:number]
         gc.collect()
 
-    compiled(np.full((1, 3, 420, 420), 0.5, np.float32))
+    predict(np.full((1, 3, 420, 420), 0.5, np.float32))
     run(100)
     before = resident_bytes()
     number = count(quick=300, soak=9000)
     run(number)
     grown = resident_bytes() - before
-    print(f"{number} sizes: {grown / 2**20:+.1f} MiB")
+    print(f"{number} sizes {runtime.__name__}: {grown / 2**20:+.1f} MiB")
     assert grown < count(quick=10, soak=50) * 2**20
