@@ -155,7 +155,8 @@ def _metric_table(runs: Sequence[Run], metric: str) -> str:
     lines = []
     for name, of_model in _by_model(runs).items():
         cells = [_values(of_model, data, metric) for data in sets]
-        seeds = max(map(len, cells))
+        fewest, most = (choose((len(cell) for cell in cells if cell), default=0) for choose in (min, max))
+        seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
         average = f"{mean(mean(cell) for cell in cells):.3f}" if all(cells) else ""
         lines.append([f"{name} ({seeds})", *map(spread, cells), average])
     return markdown_table([METRICS[metric], *sets, "mean"], lines)
