@@ -156,7 +156,7 @@ def test_features_from_anywhere_fit_a_bank():
 
 
 def test_no_image_is_refused():
-    with pytest.raises(ValueError, match="normal images must be at least one"):
+    with pytest.raises(ValueError, match="at least one normal image"):
         CfaModel(PatchFeatures("test_resnet", pre_trained=False)).fit([])
 
 

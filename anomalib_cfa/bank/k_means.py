@@ -1,5 +1,7 @@
 """K-means: by FAISS, in two levels where the centres are many, or on the accelerator that has the points."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import faiss
 import numpy as np
 import torch
@@ -87,12 +89,18 @@ def _cluster_in_parts(
     part = faiss.knn(vectors, middles, 1)[1][:, 0]
     order = np.argsort(part, kind="stable")
     groups = [group for group in np.split(order, np.cumsum(np.bincount(part, minlength=parts))[:-1]) if len(group)]
-    centers, nearest = [], []
-    for group, share in zip(groups, proportional_shares([len(group) for group in groups], clusters), strict=True):
-        if share:
-            found, of_group = _cluster(vectors[group], share, seed, iterations)
-            centers.append(found)
-            nearest.append(group[of_group])
+    shares = proportional_shares([len(group) for group in groups], clusters)
+
+    parts_and_shares = [(group, share) for group, share in zip(groups, shares, strict=True) if share]
+
+    def cluster(part: tuple[Indices, int]) -> tuple[Vectors, Indices]:
+        group, share = part
+        centers, nearest = _cluster(vectors[group], share, seed, iterations)
+        return centers, group[nearest]
+
+    # A part for each thread: on a machine that is busy, threads that share a small part wait for each other for long.
+    with ThreadPoolExecutor(faiss.omp_get_max_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        centers, nearest = zip(*pool.map(cluster, parts_and_shares), strict=True)
     return np.concatenate(centers), np.concatenate(nearest)
 
 
