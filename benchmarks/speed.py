@@ -47,8 +47,10 @@ def plan(options: argparse.Namespace) -> Iterator[Task]:
         for size in (256,) if options.quick else (256, 512):
             for what, sizes in (("build", (None,)), ("step", banks), ("image", banks)):
                 for bank in sizes:
-                    task = {"what": what, "backbone": backbone, "size": size, "bank": bank}
-                    yield {"label": f"{what}, {backbone}, {size}, {bank or 'default bank'}", **task, **shared}
+                    task = {**shared, "what": what, "backbone": backbone, "size": size, "bank": bank}
+                    if what == "build" and not options.quick:
+                        task["images"] = 300
+                    yield {"label": f"{what}, {backbone}, {size}, {bank or 'default bank'}", **task}
     for number in range(1 if options.quick else options.rounds):
         rivals = {"k_means": (CFA, ANOMALIB_CFA), "fit": (CFA, ANOMALIB_CFA, PATCHCORE_1)}
         for what, models in rivals.items():
@@ -252,9 +254,8 @@ def _own_table(runs: Sequence[Run]) -> str:
     for task, found in runs:
         place = f"{task['backbone']}, {task['size']} x {task['size']}"
         if task["what"] == "build":
-            ratio = found["bank_s"] / found["backbone_s"] * task["images"] / 300
-            what = f"{place}: building {found['centers']} centres over the backbone's pass over 300 images"
-            lines.append([what, f"{figure(found['bank_s'])} s", f"{figure(ratio)}"])
+            what = f"{place}: {found['centers']} centres of {task['images']} images over the backbone's pass over them"
+            lines.append([what, f"{figure(found['bank_s'])} s", figure(found["bank_s"] / found["backbone_s"])])
         elif task["what"] == "step":
             what = f"{place}: training step with {task['bank']} centres over one with 1,024"
             lines.append([what, f"{figure(found['large_s'])} s", figure(found["large_s"] / found["small_s"])])
