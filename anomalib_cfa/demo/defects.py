@@ -1,5 +1,8 @@
 """Defects: each takes a normal scene and returns the damaged picture with the mask of what it changed."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +14,23 @@ _VISIBLE = 0.25
 """Opacity from which a pixel counts as defective in the mask."""
 
 
+Defect = Callable[[np.random.Generator, Scene], tuple[Picture, Mask]]
+
+
+def _visible(defect: Defect) -> Defect:
+    """Draw a thin defect again while none of it shows on the surface, which happens to one in thousands."""
+
+    @wraps(defect)
+    def draw(rng: np.random.Generator, scene: Scene) -> tuple[Picture, Mask]:
+        picture, mask = defect(rng, scene)
+        while not mask.any():
+            picture, mask = defect(rng, scene)
+        return picture, mask
+
+    return draw
+
+
+@_visible
 def crack(rng: np.random.Generator, scene: Scene) -> tuple[Picture, Mask]:
     """A thin dark line that wanders over the surface and has one bright edge."""
     size = len(scene.picture)
@@ -39,6 +59,7 @@ def gray_stroke(rng: np.random.Generator, scene: Scene) -> tuple[Picture, Mask]:
     return blend(scene.picture, (0.46, 0.46, 0.48), 0.85 * stroke * bristles), _mask(stroke, scene)
 
 
+@_visible
 def scratch(rng: np.random.Generator, scene: Scene) -> tuple[Picture, Mask]:
     """Two to four bright scratches with dark flanks, side by side."""
     size = len(scene.picture)
