@@ -266,7 +266,9 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         else:
             self.training_images = self._features.paths()
             self.model.patch_features.load_weights()
-            self.model.fit(self._features, Processes.of(self.trainer.strategy))
+            # An epoch calibrates the score as it trains.
+            start = self.model.fit if self.trainer.fit_loop.skip else self.model.build
+            start(self._features, Processes.of(self.trainer.strategy))
 
     def clear_memory_bank(self) -> None:
         """Forget the memory bank, so that the next fit builds one anew."""
@@ -352,7 +354,9 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             self.worst_fitting = self._out_of_bag.worst(processes)
 
     def on_train_end(self) -> None:
-        """Name the training images that fit worst."""
+        """Name the training images that fit worst; calibrate the score if time was up before the first step."""
+        if self.trainer.global_step == 0 and self._features is not None:
+            self.model.calibrate_all(self._features, Processes.of(self.trainer.strategy))
         if self._out_of_bag is not None and self.trainer.is_global_zero:
             log_worst(self.worst_fitting)
 

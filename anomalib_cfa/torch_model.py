@@ -76,9 +76,22 @@ class CfaModel(nn.Module):
         self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
-    @torch.no_grad()
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
-        """Start the descriptor, build the memory bank with it, and calibrate the score: all that precedes training.
+        """Build the memory bank and calibrate the score: a model that predicts, if nothing is to be trained.
+
+        Args:
+            pyramids: As for :meth:`build`.
+            processes: As for :meth:`build`.
+
+        Raises:
+            ValueError: As :meth:`build`.
+        """
+        self.build(pyramids, processes)
+        self.calibrate_all(pyramids, processes)
+
+    @torch.no_grad()
+    def build(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+        """Start the descriptor and build the memory bank with it: all that precedes training.
 
         All processes end with the same, bit for bit.
 
@@ -92,33 +105,43 @@ class CfaModel(nn.Module):
                 centres.
         """
         processes = processes or Processes()
-
-        def blocks(task: str) -> Iterator[list[Tensor]]:
-            for pyramid in tqdm(pyramids, task, disable=processes.rank != 0, leave=False):
-                yield from self.blocks(pyramid)
-
         if self.whitening is not None:
             statistics = PatchStatistics()
-            for block in blocks("Reading patch features"):
+            for block in self._all_blocks(pyramids, processes, "Reading patch features"):
                 self._check_patches(block)
                 statistics.update(block)
             mean, covariance = map(processes.broadcast, statistics.moments(processes))
             self.descriptor.start_whitened(mean, covariance, self.seed, self.whitening)
 
         builder = BANK_BUILDERS[self.bank](self.gamma_c, self.seed, processes)
-        for block in blocks("Building the memory bank"):
+        for block in self._all_blocks(pyramids, processes, "Building the memory bank"):
             self._check_patches(block)
             builder.update(self.describe(block))
         centers, sources = builder.centers()
         check_neighbors(len(centers), self.num_nearest_neighbors, self.num_hard_negative_features)
         # K-means need not round alike on all machines.
         self.assign_bank(processes.broadcast(centers), sources if sources is None else processes.broadcast(sources))
-
-        for block in blocks("Calibrating the score"):
-            squared, indices = self.memory_bank.nearest(self.describe(block), k=1)
-            self.calibrate(squared, indices)
-        self.finish_calibration(processes)
         logger.info("Built the memory bank: %d centres from %d images", len(centers), builder.count)
+
+    @torch.no_grad()
+    def calibrate_all(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+        """Calibrate the score with the descriptor as it is; an epoch of training does so on its way.
+
+        Args:
+            pyramids: As for :meth:`build`.
+            processes: As for :meth:`build`.
+        """
+        processes = processes or Processes()
+        self.calibration.restart()
+        for block in self._all_blocks(pyramids, processes, "Calibrating the score"):
+            self.calibrate(*self.memory_bank.nearest(self.describe(block), k=1))
+        self.finish_calibration(processes)
+
+    def _all_blocks(
+        self, pyramids: Iterable[Sequence[Tensor]], processes: Processes, task: str
+    ) -> Iterator[list[Tensor]]:
+        for pyramid in tqdm(pyramids, task, disable=processes.rank != 0, leave=False):
+            yield from self.blocks(pyramid)
 
     def calibrate(self, squared: Tensor, indices: Tensor) -> None:
         """Take in what is usual for normal patches, from those of them that the bank was not made of.

@@ -104,6 +104,8 @@ class Curve(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the model after all epochs but the last."""
+        if trainer.current_epoch == 0 and 0 in self.epochs:
+            pl_module.model.calibrate_all(pl_module._features)  # noqa: SLF001 - what an epoch would leave to its end
         self._test(trainer.current_epoch, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

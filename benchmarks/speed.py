@@ -87,14 +87,14 @@ def _pyramids(network: Any, task: Task) -> list[Any]:  # noqa: ANN401 - this pac
 
 @torch.inference_mode()
 def build(task: Task) -> Result:
-    """The backbone's pass over some images, and the bank of their features: built, and calibrated."""
+    """The backbone's pass over some images, and the bank of their features."""
     network = _model(task).model
     images = [_noise(task, 4) for _ in range(task["images"] // 4)]
     network.pyramid(images[0])
     began = now()
     pyramids = [network.pyramid(batch) for batch in images]
     passed = now()
-    network.fit(pyramids)
+    network.build(pyramids)
     whole = now() - passed
     return {"backbone_s": passed - began, "bank_s": whole, "centers": len(network.memory_bank.centers)}
 
@@ -193,7 +193,7 @@ def _start_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:  # noq
             yield sum(model.loss(network.targets(block)[0], network.radius))
 
     kept = [network.pyramid(batch) for batch in batches]
-    network.fit(kept)
+    network.build(kept)
     for pyramid in kept:
         learn(losses_of(pyramid))
     return lambda batch: learn(losses_of(network.pyramid(batch)))

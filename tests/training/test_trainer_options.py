@@ -87,6 +87,7 @@ def test_steps_batches_and_images_are_as_many_as_asked_for(rendered_mvtec, tmp_p
     assert (run.trainer.global_step, counts.batches) == (steps, batches)
     assert len(model.training_images) == images
     assert len(model.model.memory_bank.centers) == images * PATCHES // 2
+    assert model.model.calibration.deviation.ne(1).all()  # as it is before the score is calibrated
     assert is_usable(model)
 
 
