@@ -6,21 +6,21 @@ from torch import Tensor
 from anomalib_cfa.training.processes import Processes
 
 _MOST_BYTES = 512 * 2**20
-_HELD_OUT = 4  # one patch of so many
+_HELD_OUT = 2  # one patch of so many
 
 
 def held_out_patches(height: int, width: int) -> Tensor:
     """The patches of an image that no memory bank is sampled from, the same in every image.
 
     A patch that centres were made of lies nearer to them than a new one does. What is usual at a centre is therefore
-    learned from these.
+    learned from these, and it takes many: with a quarter held out, image AUROC is worse on real sets.
 
     Args:
         height: Patches along a column.
         width: Patches along a row.
 
     Returns:
-        True for one patch of four, at random places, of shape (h, w).
+        True for half of the patches, at random places, of shape (h, w).
     """
     order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
     return (order < height * width // _HELD_OUT).view(height, width)
