@@ -75,8 +75,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             direction: 1 makes them vary alike, 0 leaves them as they are. None: the paper's random start.
         learn_radius: Whether the radius is trained with the descriptor.
         alpha: Margin of the repulsion, which is zero until radius² > alpha.
-        search: How a patch's nearest centres are found: ``"two_level"``, in time that grows with the square root of the
-            bank, or ``"exact"``, among all.
+        search: How a patch's nearest centres are found: ``"two_level"``, in time that hardly grows with the bank, or
+            ``"exact"``, among all.
         lr: Learning rate of AdamW. From a random start the authors take 1e-3.
         weight_decay: Weight decay of AdamW.
         score: ``"local"``: the anomaly map shows distances to the nearest centre, and the image's score relates them to
@@ -225,7 +225,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             check_trainer(trainer)  # before callbacks set anything up
-        # The last moment before Lightning, given no epochs, steps or time, would set 1,000 epochs.
+        # The last moment before Lightning sets 1,000 epochs, where no epochs, steps or time are given.
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
             timed = any(timer.time_remaining() is not None for timer in timers)

@@ -14,7 +14,7 @@ from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperpa
 
 logger = logging.getLogger(__name__)
 
-_PIXEL_STEP = 8  # of so many pixels along each axis one counts: maps are smooth
+_PIXEL_STEP = 8  # every eighth pixel along each axis is enough: maps are smooth
 _RANGE = 3  # normalized scores are 0 and 1 where a score is so many times as far from the threshold as the median
 _EULER_MASCHERONI = 0.5772156649015329
 

@@ -1,4 +1,4 @@
-"""Images as they come -> images as the backbone sees them."""
+"""Images as they are read -> images as the backbone sees them."""
 
 import copy
 import logging
@@ -111,7 +111,7 @@ def configure_pre_processor(
 
 
 def warn_of_other_statistics(pre_processor: nn.Module | None, backbone: Backbone) -> None:
-    """Warn if a pre-processor normalizes images otherwise than the backbone's weights were trained with.
+    """Warn if a pre-processor does not normalize images as the backbone's weights were trained.
 
     Args:
         pre_processor: The user's own.

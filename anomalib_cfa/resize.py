@@ -152,7 +152,7 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
 
     @property
     def mode(self) -> InterpolationMode:
-        """The interpolation, whichever way it was given."""
+        """The interpolation, given by name or by number."""
         if isinstance(self.interpolation, int):  # Pillow's constant
             return InterpolationMode(Resampling(self.interpolation).name.lower())
         return InterpolationMode(self.interpolation)

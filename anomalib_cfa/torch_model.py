@@ -77,7 +77,7 @@ class CfaModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
-        """Build the memory bank and calibrate the score: a model that predicts, if nothing is to be trained.
+        """Build the memory bank and calibrate the score, for a model that is used without training.
 
         Args:
             pyramids: As for :meth:`build`.

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cfa.training.processes import Processes
 
 _PATCHES_PER_IMAGE = 64
-_SHRINKAGE = 0.01  # of the mean variance, added to each: directions of hardly any variance are mostly rounding
+_SHRINKAGE = 0.01  # of the mean variance, added to each: directions of tiny variance are mostly rounding
 
 
 class PatchStatistics:

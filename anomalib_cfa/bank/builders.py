@@ -10,8 +10,8 @@ from anomalib_cfa.bank.sample import PatchSample
 from anomalib_cfa.bank.search import CenterIndex
 from anomalib_cfa.training.processes import Processes
 
-_CENTERS = 16384  # where gamma_c does not say how many
-_PATCHES_PER_CENTER = 8  # of the sample for K-means
+_CENTERS = 16384  # if gamma_c is not given
+_PATCHES_PER_CENTER = 8  # in the sample for K-means
 _FEWEST_PATCHES_PER_CENTER = 2  # with fewer images there are fewer centres
 
 
@@ -155,7 +155,7 @@ class EmaBank(BankBuilder):
                 self.state = self.processes.broadcast(start).to(image.device)
             if not (starts and self.processes.rank == 0):
                 nearest = CenterIndex(image, "exact")(self.state[None, None], k=1)[1].flatten()
-                # 1 / 1 in a process that was handed its start: that counts in the process that made it.
+                # Weight 1 / 1 for the first image here, if the start was another process's: it counts only there.
                 self.state = torch.lerp(self.state, image[nearest], self.beta or 1 / (self.count + 1))
             self.count += 1
 

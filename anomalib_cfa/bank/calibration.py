@@ -8,8 +8,8 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-_WEIGHT_OF_ALL = 0.5  # of deviations among all patches, beside those around a centre
-_PSEUDO_COUNT = 10  # patches' worth of weight given to the mean and variance of all centres
+_WEIGHT_OF_ALL = 0.5  # of deviations among all patches, relative to those around a centre
+_PSEUDO_COUNT = 10  # patches: the weight of the mean and variance of all centres
 
 
 class CenterCalibration(DynamicBufferMixin):
@@ -88,7 +88,7 @@ class CenterCalibration(DynamicBufferMixin):
             return
         of_all = _scatter(sums.sum(dim=1)) / count
         if neighbors is None:
-            of_all = _scatter(sums).sum() / count  # within the centres: what lies between them is not theirs
+            of_all = _scatter(sums).sum() / count  # pooled within centres, without the variance between them
         else:
             sums = sums[:, neighbors].sum(dim=2)
         counts, distances, _ = sums
@@ -96,7 +96,7 @@ class CenterCalibration(DynamicBufferMixin):
         variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
         deviation = variance.clamp(min=1e-12).sqrt()
         if neighbors is not None:
-            # Deviations around the centre, and some of those among all patches: a sum of two scales and shifts is one.
+            # Deviations around the centre plus some among all patches: the sum is again one scale and one shift.
             overall = _WEIGHT_OF_ALL / of_all.clamp(min=1e-12).sqrt()
             scale = 1 / deviation + overall
             mean = (mean / deviation + overall * distance / count) / scale
@@ -114,7 +114,7 @@ class CenterCalibration(DynamicBufferMixin):
         Returns:
             Scores of the same shape.
         """
-        # As a product and a sum of looked-up numbers, flattened and not indexed, it stays in float32 in OpenVINO.
+        # As a product and a sum of looked-up values, flattened and not indexed, it stays in float32 in OpenVINO.
         scale = 1 / self.deviation[:, None]
         shift = -self.mean[:, None] * scale
         of_scale, of_shift = (F.embedding(indices, table).flatten(-2) for table in (scale, shift))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-_BLOCK_BYTES = 16 * 2**20  # of a matrix held at a time: what a CPU's caches hold
-_BLOCK_BYTES_ON_ACCELERATOR = 256 * 2**20  # where each call costs
+_BLOCK_BYTES = 16 * 2**20  # of a matrix at a time: fits a CPU's caches
+_BLOCK_BYTES_ON_ACCELERATOR = 256 * 2**20  # where each call has a fixed cost
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # FAISS takes addresses, which no compiler follows
@@ -29,7 +29,7 @@ def squared_distances(queries: Tensor, vectors: Tensor, indices: Tensor) -> Tens
 
 
 def block_rows(like: Tensor, columns: int) -> int:
-    """Rows of a block of a float32 matrix of so many columns: what is held at a time."""
+    """How many rows of a float32 matrix with this many columns make up a block."""
     held = _BLOCK_BYTES if like.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
     return max(1, held // (4 * max(columns, 1)))
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from anomalib_cfa.bank.distances import block_rows
 
-_POINTS_IN_PART = 3072  # about so many points are clustered at once on the second level
-_POINTS_PER_MIDDLE = 64  # that the first level learns the parts' middles from
+_POINTS_IN_PART = 3072  # roughly; clustered together on the second level
+_POINTS_PER_MIDDLE = 64  # sampled for the first level, which finds the parts
 _FEWEST_FOR_TWO_LEVELS = 2048  # centres
 _ITERATIONS = 6
-_ITERATIONS_IN_PART = 3  # more take as much longer, and gain less than half a percent of inertia
+_ITERATIONS_IN_PART = 3  # a fourth gains less than half a percent of inertia
 
 Vectors = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -56,7 +56,7 @@ def _lloyd(points: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
         nearest = _nearest(points, centers)
         counts = nearest.bincount(minlength=clusters)
         means = torch.segment_reduce(points[nearest.argsort(stable=True)], "mean", lengths=counts)
-        centers = means.where(counts[:, None] > 0, centers)  # of equal points one has none nearest to it
+        centers = means.where(counts[:, None] > 0, centers)  # of two equal centres, one has no nearest points
     return centers, _nearest(centers, points)
 
 

@@ -14,7 +14,7 @@ class MemoryBank(DynamicBufferMixin):
 
     Its state is the centres, of shape (N, D), and where each came from, of shape (N, 3): the training image's place in
     the data set, and the row and column of the patch that is nearest to the centre. Both are empty until
-    :meth:`assign`; a bank that does not know its patches has no sources.
+    :meth:`assign`; a bank of means has no sources.
 
     Args:
         search: Kind of search, one of :data:`anomalib_cfa.bank.SEARCH_KINDS`.
@@ -57,7 +57,7 @@ class MemoryBank(DynamicBufferMixin):
         state = (self.centers.data_ptr(), version)
         index = self._index
         if index is None or self._indexed != state:
-            # Built aside and then put in place whole: several threads may arrive here at once.
+            # Built first and assigned at the end: several threads may arrive here at once.
             with torch.inference_mode(False), torch.autocast(self.centers.device.type, enabled=False):
                 index = CenterIndex(self.centers.clone() if self.centers.is_inference() else self.centers, self.search)
             self._index, self._indexed = index, state

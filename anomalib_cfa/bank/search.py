@@ -21,7 +21,7 @@ _PROBES = 64  # groups whose centres a block of patches is compared with
 _SIDE = 4  # patches along a side of a block
 _SPARE_CANDIDATES = 7  # measured beyond those wanted, since few directions do not rank exactly
 _POWER_ITERATIONS = 4
-_FAR = 1e30  # half the squared norm of a place in a group that holds no centre
+_FAR = 1e30  # in place of half the squared norm where a group has no centre
 
 
 class CenterIndex(nn.Module):
@@ -54,7 +54,7 @@ class CenterIndex(nn.Module):
         super().__init__()
         count, width = centers.shape
         centers = centers.detach().float()
-        # Far from the origin the ranking would cancel.
+        # Far from the origin the ranking would lose its digits to cancellation.
         origin = centers.mean(dim=0)
         self.has_two_levels = kind == "two_level" and count > _GROUP * _PROBES
         directions = torch.eye(width, device=centers.device)
@@ -69,7 +69,7 @@ class CenterIndex(nn.Module):
             members = F.pad(members, (0, _GROUP - members.shape[1]), value=count)
             means = torch.stack([projected[group].mean(dim=0) for group in groups])
             buffers |= {"members": members, "means": _with_half_norm(means)}
-            # Laid out by groups, which are read as a whole; one more row is for places without a centre.
+            # Stored group by group, as groups are read whole; the extra row stands for empty places.
             nowhere = torch.zeros_like(table[:1])
             nowhere[:, -1] = _FAR
             table = torch.cat([table, nowhere])[members].flatten(1)
@@ -120,7 +120,7 @@ class CenterIndex(nn.Module):
             whole: Tensor = self(self.centers[:, None, None], k)[1]
             return whole[:, 0, 0]
         count = len(self.centers)
-        groups = self.centers[self.members.clamp(max=count - 1)]  # each as a block of patches
+        groups = self.centers[self.members.clamp(max=count - 1)]  # each group poses as a block of patches
         found = self(groups.unflatten(1, (_SIDE, _SIDE)), k)[1].flatten(0, 2)
         place = self.members.flatten()
         neighbors = torch.empty_like(found[:count])

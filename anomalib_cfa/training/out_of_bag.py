@@ -16,7 +16,7 @@ _NOBODY, _UNKNOWN = -1, -2  # in place of an image: the centre belongs to none, 
 
 
 class OutOfBagScores:
-    """Scores the training images as they pass, from the targets that training finds in any case.
+    """Scores the training images as they pass, from the targets that training finds anyway.
 
     A centre that lies nearest to a patch of an image is that image's own: any patch of it would find itself there. So
     each patch is scored by the nearest centres that are not its image's own, and where all of its targets are, the
