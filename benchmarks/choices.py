@@ -221,7 +221,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[tuple[str, list[Any], list[Any]]]:
-    """What to draw of a group and a backbone: a curve over epochs for each variant, or a line through all variants."""
+    """What to draw of a group and a backbone: a curve over epochs for each variant, or a point for each."""
     means = {name: mean(cells.values()) for name, cells in averages(rows, metric).items()}
     curves: dict[str, dict[int, float]] = {}
     for row in rows:

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = base_parser(__doc__)
     parser.add_argument("--backbone", action=Backbones, required=True, metavar="NAME=FILE", help="repeatable")
+    parser.add_argument("--what", action="append", choices=MEASUREMENTS, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="256 x 256 pixels, banks of two sizes, few images")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="of what has processes of its own; default: %(default)s")
@@ -41,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(options: argparse.Namespace) -> Iterator[Task]:
     """What there is to measure."""
+    return (task for task in _everything(options) if task["what"] in (options.what or MEASUREMENTS))
+
+
+def _everything(options: argparse.Namespace) -> Iterator[Task]:
     shared: Task = {"device": options.device, "images": 32 if options.quick and options.device == "cpu" else 100}
     banks = (1024, 16384) if options.quick else (1024, 4096, 16384, 65536)
     for backbone in options.backbone:

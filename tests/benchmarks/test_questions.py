@@ -150,6 +150,11 @@ def test_speed_measures_each_part(weights, tmp_path, monkeypatch):
     assert all(found[name] > 0 for name in ("fit_s", "fit_peak_bytes", "step_s", "one_s", "batch_s"))
 
 
+def test_speed_measures_what_is_asked_for(weights):
+    options = speed.parser().parse_args(["--backbone", f"resnet18={weights}", "--what", "build", "--what", "k_means"])
+    assert {task["what"] for task in speed.plan(options)} == {"build", "k_means"}
+
+
 def test_speed_reports_ratios_and_growth(tmp_path, weights):
     options = speed.parser().parse_args(["--backbone", f"resnet18={weights}", "--output", str(tmp_path)])
     runs = []
