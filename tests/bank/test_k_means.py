@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank.k_means import _lloyd, k_means, proportional_shares
+from anomalib_cfa.bank.k_means import _ITERATIONS, _centers, _nearest, k_means, proportional_shares
 
 
 def clustered(count: int, seed: int = 0) -> torch.Tensor:
@@ -17,7 +17,11 @@ def inertia(points: torch.Tensor, centers: torch.Tensor) -> float:
     return float(torch.cdist(points, centers).min(dim=1).values.square().sum())
 
 
-as_on_an_accelerator = _lloyd
+def as_on_an_accelerator(points: torch.Tensor, clusters: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    centers = _centers(points, clusters, seed, _ITERATIONS)
+    return centers, _nearest(centers, points)
+
+
 BOTH = pytest.mark.parametrize("cluster", [k_means, as_on_an_accelerator])
 
 
