@@ -14,7 +14,7 @@ class MemoryBank(DynamicBufferMixin):
 
     Its state is the centres, of shape (N, D), and where each came from, of shape (N, 3): the training image's place in
     the data set, and the row and column of the patch that is nearest to the centre. Both are empty until
-    :meth:`assign`; a bank of means has no sources.
+    :meth:`assign`; a bank of means, or of moving means, has no sources.
 
     Args:
         search: Kind of search, one of :data:`anomalib_cfa.bank.SEARCH_KINDS`.

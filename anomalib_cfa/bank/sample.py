@@ -6,7 +6,7 @@ from torch import Tensor
 from anomalib_cfa.training.processes import Processes
 
 _MOST_BYTES = 512 * 2**20
-_HELD_OUT = 2  # every second patch, at random places
+_HELD_OUT = 2  # one patch in two
 
 
 def held_out_patches(height: int, width: int) -> Tensor:
