@@ -281,13 +281,15 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         self._features.start_training()
         if images := self._features.paths():
-            self._out_of_bag = OutOfBagScores(self.model, self.training_images, images, self._without_validation())
+            self._out_of_bag = OutOfBagScores(self.model, self.training_images, images)
 
     def on_train_epoch_start(self) -> None:
         """Calibrate anew from this epoch's patches."""
         assert self._features is not None
         self._features.start_epoch()
         self.model.calibration.restart()
+        if self._out_of_bag is not None:
+            self._out_of_bag.start_epoch()
 
     def training_step(self, batch: ImageBatch | IndexedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Attract each patch to its nearest centres, and repel it from the hard negatives behind them.
@@ -337,15 +339,12 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def on_train_epoch_end(self) -> None:
         """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
         self._finish_calibration()
-        if (post_processor := self._without_validation()) is not None:
-            post_processor.finish("training images, each scored without the centres that it gave")
-
-    def _without_validation(self) -> OneClassPostProcessor | None:
-        """The post-processor, if its thresholds must come from the training images."""
-        post_processor = self.post_processor
-        if isinstance(post_processor, OneClassPostProcessor) and not sum(self.trainer.num_val_batches):
-            return post_processor
-        return None
+        post_processor, out_of_bag = self.post_processor, self._out_of_bag
+        if sum(self.trainer.num_val_batches) or not isinstance(post_processor, OneClassPostProcessor):
+            return
+        for predictions in () if out_of_bag is None else out_of_bag.predictions():
+            post_processor.update(predictions)
+        post_processor.finish("training images, each scored without the centres that it gave")
 
     def _finish_calibration(self) -> None:
         processes = Processes.of(self.trainer.strategy)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, average_views, central_view, softmin_scores
-from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank, held_out_patches
+from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.hyperparameters import check_neighbors, check_width
@@ -134,7 +134,8 @@ class CfaModel(nn.Module):
         processes = processes or Processes()
         self.calibration.restart()
         for block in self._all_blocks(pyramids, processes, "Calibrating the score"):
-            self.calibrate(*self.memory_bank.nearest(self.describe(block), k=1))
+            squared, indices, _ = self.targets(block)
+            self.calibrate(squared, indices)
         self.finish_calibration(processes)
 
     def _all_blocks(
@@ -144,15 +145,20 @@ class CfaModel(nn.Module):
             yield from self.blocks(pyramid)
 
     def calibrate(self, squared: Tensor, indices: Tensor) -> None:
-        """Take in what is usual for normal patches, from those of them that the bank was not made of.
+        """Take in what is usual for normal patches.
+
+        A patch of which a centre was made lies nearer to it than a new one does, and, where images are aligned, so do
+        the patches of the same place in all images. Each therefore counts by its nearest centre from another place;
+        where none of those given is, by the last.
 
         Args:
             squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
             indices: Those centres' indices, of the same shape.
         """
-        chosen = held_out_patches(*squared.shape[1:3]).to(squared.device)
-        chosen = chosen if chosen.any() else ~chosen
-        self.calibration.update(squared[..., 0][:, chosen].sqrt(), indices[..., 0][:, chosen])
+        elsewhere = self.memory_bank.from_elsewhere(indices)
+        first = elsewhere.byte().argmax(dim=-1, keepdim=True)
+        first = first.where(elsewhere.any(dim=-1, keepdim=True), indices.shape[-1] - 1)
+        self.calibration.update(squared.gather(-1, first).sqrt(), indices.gather(-1, first))
 
     def finish_calibration(self, processes: Processes) -> None:
         """Relate scores to the distances that the calibration has taken in.
@@ -322,7 +328,7 @@ class CfaModel(nn.Module):
     def _maps(self, images: Tensor) -> list[Tensor]:
         return self.smooth(self.patch_scores(self.pyramid(images)), images.shape[-2:])
 
-    def smooth(self, patch_scores: tuple[Tensor, Tensor], image_size: Sequence[int]) -> list[Tensor]:
+    def smooth(self, patch_scores: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """Make maps of patch scores.
 
         Args:

@@ -140,11 +140,11 @@ def measure(task: Task) -> Result:
 
 def share_centers(model: Any) -> None:  # noqa: ANN401 - this package's Cfa, whose class is imported late
     """Let a model drop the centres to which patches of a single image only are nearest, before it is trained."""
-    network, fit = model.model, model.model.fit
+    network, build = model.model, model.model.build
 
     @torch.no_grad()
-    def fit_and_drop(features: TrainingFeatures, processes: Processes) -> None:
-        fit(features, processes)
+    def build_and_drop(features: TrainingFeatures, processes: Processes) -> None:
+        build(features, processes)
         bank = network.memory_bank
         images = torch.zeros(len(bank.centers))
         for pyramid in features:
@@ -153,12 +153,8 @@ def share_centers(model: Any) -> None:  # noqa: ANN401 - this package's Cfa, who
                     images[of_image.unique()] += 1
         kept = images > 1
         network.assign_bank(bank.centers[kept], bank.sources[kept])
-        for pyramid in features:
-            for block in network.blocks(pyramid):
-                network.calibrate(*bank.nearest(network.describe(block), 1))
-        network.finish_calibration(processes)
 
-    network.fit = fit_and_drop
+    network.build = build_and_drop
 
 
 def report(runs: Sequence[Run], options: argparse.Namespace) -> None:

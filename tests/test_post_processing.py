@@ -11,6 +11,7 @@ from tiny import engine, mvtec, noise, tiny_cfa
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.post_processing import OneClassPostProcessor, threshold_at_rate
+from anomalib_cfa.training.out_of_bag import OutOfBagScores
 
 
 def batch(scores, labels) -> ImageBatch:
@@ -119,6 +120,23 @@ def test_without_validation_the_thresholds_come_from_training_images(
         assert torch.equal(getattr(saved.post_processor, name), getattr(model.post_processor, name))
         assert torch.isfinite(getattr(model.post_processor, name))
     assert saved.post_processor.false_alarm_rate == 0.01
+
+
+@pytest.mark.parametrize("score", ["local", "nearest"])
+def test_thresholds_from_training_images_are_on_the_scale_of_the_score(rendered_mvtec, tmp_path, score):
+    model = tiny_cfa(score=score, lr=1e-12)  # so that every distance stays as it is after the epoch
+    datamodule = of_normal_images(rendered_mvtec, val_split_mode="none", test_split_mode="none")
+    engine(tmp_path).fit(model, datamodule=datamodule)
+    network = model.model.eval()
+    out_of_bag = OutOfBagScores(network, model.training_images, model.training_images)
+    with torch.no_grad():
+        for batch in datamodule.train_dataloader():
+            model.pre_processor.on_predict_batch_start(None, None, batch, 0)
+            out_of_bag.start_batch(batch.image_path, batch.image.shape[-2:])
+            out_of_bag.update(*network.targets(network.pyramid(batch.image)))
+    scores = torch.cat([predictions.pred_score for predictions in out_of_bag.predictions()])
+    expected = threshold_at_rate(scores, 0.01)
+    torch.testing.assert_close(model.post_processor._image_threshold, expected, rtol=1e-3, atol=0)
 
 
 def test_normal_images_held_out_set_the_thresholds(rendered_mvtec, tmp_path, caplog):

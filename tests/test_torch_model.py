@@ -131,6 +131,24 @@ def test_patch_scores_are_those_of_the_plain_formulas(score, gamma_d):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max().item())
 
 
+def test_the_score_is_calibrated_by_the_nearest_centre_from_another_place():
+    model = built("test_resnet", (64, 64))
+    centers = torch.zeros(4, model.descriptor.width)
+    model.assign_bank(centers, torch.tensor([[0, 0, 0], [0, 0, 1], [5, 0, 0], [5, 1, 1]]))
+    # Patches (0, 0), (0, 1), (1, 0) and (1, 1) of an image, and their three nearest centres.
+    indices = torch.tensor([[[[0, 2, 1], [0, 1, 2]], [[3, 2, 0], [3, 3, 3]]]])
+    squared = torch.tensor([[[[1.0, 4, 9], [16, 25, 36]], [[49, 64, 81], [100, 121, 144]]]])
+    model.calibrate(squared, indices)
+    counts, distances, _ = model.calibration._sums
+    assert counts.tolist() == [1, 1, 0, 2]
+    assert distances.tolist() == [4, 3, 0, 7 + 12]  # of (1, 1) no centre is from elsewhere: the last counts
+
+
+def test_centres_without_sources_all_count():
+    model = built("test_resnet", (64, 64), bank="mean", gamma_c=1)
+    assert model.memory_bank.from_elsewhere(torch.zeros(1, 2, 2, 3, dtype=torch.long)).all()
+
+
 @pytest.mark.parametrize("score", ["nearest", "local"])
 def test_an_image_scores_the_maximum_of_its_own_map(score):
     model = built("test_resnet", (64, 64), score=score).eval()

@@ -3,7 +3,7 @@
 from anomalib_cfa.bank.builders import BANK_BUILDERS, EmaBank, KMeansBank, MeanBank
 from anomalib_cfa.bank.calibration import CenterCalibration
 from anomalib_cfa.bank.memory_bank import MemoryBank
-from anomalib_cfa.bank.sample import PatchSample, held_out_patches
+from anomalib_cfa.bank.sample import PatchSample
 from anomalib_cfa.bank.search import SEARCH_KINDS
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "MeanBank",
     "MemoryBank",
     "PatchSample",
-    "held_out_patches",
 ]

@@ -8,7 +8,6 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-_WEIGHT_OF_ALL = 0.5  # of deviations among all patches, relative to those around a centre
 _PSEUDO_COUNT = 10  # patches: the weight of the mean and variance of all centres
 
 
@@ -17,8 +16,8 @@ class CenterCalibration(DynamicBufferMixin):
 
     Normal patches do not lie equally near to their centres: where normal images vary, they stay further out. A single
     scale for all centres scores such places high on every image. Here a score counts the deviations above the mean of
-    the training patches that are nearest to the centre or to one of its neighbours, and half of those above the mean of
-    all patches. Where there are few patches, mean and deviation are drawn towards those of all.
+    the training patches that are nearest to the centre or to one of its neighbours. Where there are few of them, mean
+    and deviation are drawn towards those of all.
 
     Example:
         >>> calibration = CenterCalibration()
@@ -83,26 +82,17 @@ class CenterCalibration(DynamicBufferMixin):
         if self._sums is None:
             return
         sums = total(self._sums.clone())
-        count, distance, _ = sums.sum(dim=1)
-        if count == 0:
-            return
-        of_all = _scatter(sums.sum(dim=1)) / count
-        if neighbors is None:
-            of_all = _scatter(sums).sum() / count  # pooled within centres, without the variance between them
-        else:
+        if neighbors is not None:
             sums = sums[:, neighbors].sum(dim=2)
         counts, distances, _ = sums
-        mean = (distances + _PSEUDO_COUNT * distance / count) / (counts + _PSEUDO_COUNT)
+        count = counts.sum()
+        if count == 0:
+            return
+        of_all = _scatter(sums).sum() / count  # pooled within centres, without the variance between them
+        mean = (distances + _PSEUDO_COUNT * distances.sum() / count) / (counts + _PSEUDO_COUNT)
         variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
-        deviation = variance.clamp(min=1e-12).sqrt()
-        if neighbors is not None:
-            # Deviations around the centre plus some among all patches: the sum is again one scale and one shift.
-            overall = _WEIGHT_OF_ALL / of_all.clamp(min=1e-12).sqrt()
-            scale = 1 / deviation + overall
-            mean = (mean / deviation + overall * distance / count) / scale
-            deviation = 1 / scale
         self.mean = mean.to(self.mean.dtype)
-        self.deviation = deviation.to(self.deviation.dtype)
+        self.deviation = variance.clamp(min=1e-12).sqrt().to(self.deviation.dtype)
 
     def forward(self, distances: Tensor, indices: Tensor) -> Tensor:
         """Score patches, in deviations above what is usual around their centre.

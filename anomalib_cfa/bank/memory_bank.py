@@ -98,6 +98,22 @@ class MemoryBank(DynamicBufferMixin):
         squared, indices = self.index(descriptors, k)
         return squared, indices
 
+    def from_elsewhere(self, indices: Tensor) -> Tensor:
+        """Which centres came from another place in the image than the patches that they are compared with.
+
+        Args:
+            indices: Centres for each patch, of shape (B, h, w, k).
+
+        Returns:
+            True for those, and for all where the sources are not known; of the same shape.
+        """
+        if not len(self.sources):
+            return torch.ones_like(indices, dtype=torch.bool)
+        _, height, width, _ = indices.shape
+        own = torch.arange(height * width, device=indices.device).view(height, width, 1)
+        place: Tensor = self.sources[:, 1] * width + self.sources[:, 2]
+        return place[indices] != own
+
     def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
         # To another device or precision: the index is rebuilt there, always in float32.
         self._index = self._indexed = None

@@ -1,13 +1,12 @@
 """Training images scored as if they were new: each by what the memory bank learned from the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor
 
 from anomalib_cfa.bank.distances import block_rows
-from anomalib_cfa.post_processing import OneClassPostProcessor
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
@@ -16,33 +15,28 @@ _NOBODY, _UNKNOWN = -1, -2  # in place of an image: the centre belongs to none, 
 
 
 class OutOfBagScores:
-    """Scores the training images as they pass, from the targets that training finds anyway.
+    """Scores an epoch's training images, from the targets that training finds anyway.
 
     A centre that lies nearest to a patch of an image is that image's own: any patch of it would find itself there. So
     each patch is scored by the nearest centres that are not its image's own, and where all of its targets are, the
     whole bank is searched. A bank of means, in which all images count, has no centre that is anyone's own.
 
+    What is found is kept until the next epoch, 8 bytes for each patch, since the score is calibrated at the end of one.
+
     Args:
         model: The network, with its memory bank.
         bank_images: Paths of the images that the memory bank came from, to which its sources refer.
         images: Paths of the images that are trained on.
-        post_processor: Learns its thresholds from the predictions; None if nothing does.
     """
 
-    def __init__(
-        self,
-        model: CfaModel,
-        bank_images: Sequence[str],
-        images: Sequence[str],
-        post_processor: OneClassPostProcessor | None = None,
-    ) -> None:
+    def __init__(self, model: CfaModel, bank_images: Sequence[str], images: Sequence[str]) -> None:
         self._model = model
         self._images = images
-        self._post_processor = post_processor
         # By path: a data set may hold an image twice.
         self._places = {path: place for place, path in enumerate(images)}
         self._owners = self._owners_of(bank_images)
         self._scores = torch.full((len(images),), torch.nan)
+        self._found: list[tuple[Tensor, Tensor, Tensor]] = []  # places, squared distances and indices of some images
         self._coming: list[int] = []
         self._image_size = (0, 0)
 
@@ -55,6 +49,10 @@ class OutOfBagScores:
             places = [self._places.get(path, _NOBODY) for path in bank_images]
             owners = torch.tensor(places, device=owners.device)[numbers]
         return owners
+
+    def start_epoch(self) -> None:
+        """Forget what was found of the images; the scores that :meth:`worst` has seen are kept."""
+        self._found = []
 
     def start_batch(self, paths: Sequence[str] | None, image_size: tuple[int, int]) -> None:
         """Say whose patches come next.
@@ -86,13 +84,27 @@ class OutOfBagScores:
         lacking = nearest[..., -1].isinf()
         if lacking.any():
             nearest[lacking], indices[lacking] = self._search(descriptors[lacking].float(), image[lacking])
-        of_map, of_image = self._model.score_distances(nearest, indices)
-        known = places >= 0
-        self._scores[places[known]] = of_image.flatten(1).amax(dim=1).float().cpu()[known]
-        if self._post_processor is not None and of_map.isfinite().all():  # where there is one image, no centre is left
-            anomaly_map, *more = self._model.smooth((of_map, of_image), self._image_size)
-            pred_score = [anomaly_map, *more][-1].amax(dim=(-2, -1))
-            self._post_processor.update(InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map))
+        self._found.append((places, nearest.cpu(), indices.int().cpu()))
+
+    @torch.no_grad()
+    def predictions(self) -> Iterator[InferenceBatch]:
+        """Predict the epoch's images as the model is now.
+
+        Yields:
+            The scores of some images, of shape (B,), and their maps, of shape (B, H, W). A single image has none, as
+            there is no other's centre.
+        """
+        for _, *patch_scores in self._patch_scores():
+            if all(scores.isfinite().all() for scores in patch_scores):
+                anomaly_map, *more = self._model.smooth(patch_scores, self._image_size)
+                pred_score = [anomaly_map, *more][-1].amax(dim=(-2, -1))
+                yield InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+    def _patch_scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Places of images, and the scores of their patches for the map and for the image."""
+        device = self._owners.device
+        for places, squared, indices in self._found:
+            yield places, *self._model.score_distances(squared.to(device), indices.to(device))
 
     def _search(self, patches: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and indices of the centres nearest to patches, of shape (P, D), but for the images' own."""
@@ -111,6 +123,9 @@ class OutOfBagScores:
         Args:
             processes: Those that share the images.
         """
+        for places, _, of_image in self._patch_scores():
+            known = places >= 0
+            self._scores[places[known]] = of_image.flatten(1).amax(dim=1).float().cpu()[known]
         finite = self._scores.isfinite()
         sums = torch.stack([self._scores.where(finite, 0), finite.float()]).to(self._owners.device)
         total, count = processes.sum(sums).cpu()

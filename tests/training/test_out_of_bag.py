@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from anomalib_cfa.features import PatchFeatures
-from anomalib_cfa.post_processing import OneClassPostProcessor
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
 from anomalib_cfa.training.processes import Processes
@@ -14,6 +13,12 @@ def network(score="nearest", centers=60):
     sources = torch.stack([torch.arange(centers) % 3, torch.zeros(centers), torch.zeros(centers)], dim=1)
     model.assign_bank(torch.randn(centers, model.descriptor.width), sources)
     return model
+
+
+def image_scores(scores):
+    """Those of all images, nan where an image was not seen."""
+    scores.worst(Processes())
+    return scores._scores
 
 
 def patches_of(model, images, seed=1):
@@ -30,7 +35,7 @@ def test_a_patch_is_measured_to_the_nearest_centre_that_is_not_its_images_own(k)
     owners = model.memory_bank.sources[:, 0]
     distances = torch.cdist(patches.double().flatten(1, 2), model.memory_bank.centers.double())
     expected = [distances[batch][:, owners != image].amin(dim=1).amax() for batch, image in ((1, 0), (2, 1), (0, 2))]
-    torch.testing.assert_close(scores._scores, torch.stack(expected).float())
+    torch.testing.assert_close(image_scores(scores), torch.stack(expected).float())
 
 
 def test_an_image_that_a_data_set_holds_twice_is_not_fitted_by_its_copy():
@@ -41,7 +46,7 @@ def test_an_image_that_a_data_set_holds_twice_is_not_fitted_by_its_copy():
     scores.update(*model.memory_bank.nearest(patches, 6), patches)
     others = model.memory_bank.centers[model.memory_bank.sources[:, 0] == 1]
     expected = torch.cdist(patches.flatten(0, 2), others).amin(dim=1).amax()
-    torch.testing.assert_close(scores._scores[2], expected)
+    torch.testing.assert_close(image_scores(scores)[2], expected)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_where_no_centre_is_known_to_be_its_own_all_count(bank_images, batch):
     scores.start_batch(batch, (32, 32))
     scores.update(*model.memory_bank.nearest(patches, 6), patches)
     expected = torch.cdist(patches.flatten(0, 2), model.memory_bank.centers).amin(dim=1).amax()
-    torch.testing.assert_close(scores._scores[0], expected)
+    torch.testing.assert_close(image_scores(scores)[0], expected)
 
 
 def test_images_that_are_not_listed_or_not_named_are_passed_over():
@@ -64,7 +69,7 @@ def test_images_that_are_not_listed_or_not_named_are_passed_over():
     for paths in (["elsewhere"], None):
         scores.start_batch(paths, (32, 32))
         scores.update(*model.memory_bank.nearest(patches, 6), patches)
-    assert scores._scores.isnan().all()
+    assert image_scores(scores).isnan().all()
 
 
 def test_a_single_image_has_nothing_to_be_compared_with():
@@ -93,25 +98,34 @@ def test_processes_put_their_images_together():
 
 
 @pytest.mark.parametrize("score", ["local", "calibrated", "nearest", "softmin"])
-def test_thresholds_learn_from_what_the_model_would_predict_of_new_images(score):
-    model, post_processor = network(score), OneClassPostProcessor(0.5, enable_normalization=False)
-    patches = patches_of(model, 3)
-    scores = OutOfBagScores(model, ["x", "y", "z"], ["a", "b", "c"], post_processor)  # no centre is their own
+def test_predictions_are_what_the_model_says_of_new_images_once_it_is_calibrated(score):
+    model, patches = network(score), patches_of(network(score), 3)
+    scores = OutOfBagScores(model, ["x", "y", "z"], ["a", "b", "c"])  # no centre is their own
     scores.start_batch(["a", "b", "c"], (32, 32))
     scores.update(*model.memory_bank.nearest(patches, 6), patches)
-    post_processor.finish("images")
+    model.calibrate(*model.memory_bank.nearest(patches, 6))
+    model.finish_calibration(Processes())
     nearest = model.memory_bank.nearest(patches, model.scored_neighbors)
     maps = model.smooth(model.score_distances(*nearest), (32, 32))
-    torch.testing.assert_close(post_processor.image_threshold, maps[-1].amax(dim=(1, 2)).median())
-    of_pixels = maps[0][:, ::8, ::8].flatten().sort().values
-    torch.testing.assert_close(post_processor.pixel_threshold, of_pixels[-(-(len(of_pixels) + 1) // 2) - 1])
+    (predictions,) = scores.predictions()
+    torch.testing.assert_close(predictions.anomaly_map, maps[0])
+    torch.testing.assert_close(predictions.pred_score, maps[-1].amax(dim=(1, 2)))
 
 
-def test_thresholds_do_not_learn_from_a_single_image():
-    model, post_processor = network(), OneClassPostProcessor()
+def test_a_single_image_is_not_predicted():
+    model = network()
     model.memory_bank.sources.zero_()
-    scores, patches = OutOfBagScores(model, ["a"], ["a"], post_processor), patches_of(model, 1)
+    scores, patches = OutOfBagScores(model, ["a"], ["a"]), patches_of(model, 1)
     scores.start_batch(["a"], (32, 32))
     scores.update(*model.memory_bank.nearest(patches, 6), patches)
-    post_processor.finish("images")
-    assert post_processor.image_threshold.isnan()
+    assert list(scores.predictions()) == []
+
+
+def test_an_epoch_predicts_its_own_images_only():
+    model = network()
+    scores, patches = OutOfBagScores(model, ["a", "b"], ["a", "b"]), patches_of(model, 1)
+    for name in ("a", "b"):
+        scores.start_epoch()
+        scores.start_batch([name], (32, 32))
+        scores.update(*model.memory_bank.nearest(patches, 6), patches)
+    assert len(list(scores.predictions())) == 1
