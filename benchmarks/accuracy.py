@@ -1,4 +1,4 @@
-"""How accurate is this Cfa as typed, beside anomalib's models, and what does that cost?
+"""How accurate is this Cfa with its defaults, compared with anomalib's models, and at what cost?
 
 All get the same backbone weights and pixels, on all test images of any sets in MVTec AD's layout, after the last
 epoch. Image AUROC, pixel AUROC, AUPRO, seconds and memory of the fit, and milliseconds for an image. Finished runs are
@@ -34,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = parser_for_a_backbone(__doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable; default: all")
-    parser.add_argument("--size", type=int, action="append", help="of the images; repeatable; default: 256")
+    parser.add_argument("--size", type=int, action="append", help="image size in pixels; repeatable; default: 256")
     parser.add_argument("--train-images", type=int, action="append", help="repeatable; default: all")
-    parser.add_argument("--anomalib-epochs", type=int, default=1, help="of anomalib's Cfa; default: %(default)s")
-    parser.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of this Cfa")
+    parser.add_argument("--anomalib-epochs", type=int, default=1, help="epochs of anomalib's Cfa; default: %(default)s")
+    parser.add_argument("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="Cfa option")
     return parser
 
 
@@ -63,7 +63,7 @@ def plan(options: argparse.Namespace) -> Iterator[Task]:
 
 
 def task_of(model: str, data: str, seed: int, size: int, images: int | None, options: argparse.Namespace) -> Task:
-    """A run, by all that decides its result."""
+    """A task: everything that determines its result."""
     task: Task = {"label": f"{model}, {data}, {size}, seed {seed}", "model": model, "data": data, "seed": seed}
     task |= {"size": size, "backbone": options.backbone, "weights": options.weights_path.name}
     task |= {"train_images": images, "test_step": options.test_step}
@@ -94,7 +94,7 @@ def measure(task: Task) -> Result:
 
 
 def prepare(task: Task, *, has_masks: bool, callbacks: Sequence[Callback] = ()) -> tuple[Any, Engine]:
-    """A task's model, scored as it is, and an engine to fit and test it with."""
+    """A task's model, which gives raw scores, and an engine to fit and test it with."""
     model = build_model(task)
     model.evaluator = raw_evaluator(has_masks=has_masks)
     model.post_processor = None  # it would clamp scores to [0, 1]
@@ -124,7 +124,7 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
         heading = f"## {size} x {size}" + ("" if images is None else f", {images} training images")
         sections += [heading, *(_metric_table(chosen, name) for name in METRICS), _cost_table(chosen)]
     notes = [
-        "the last epoch, scores as they are; mean ± sample standard deviation over seeds, whose number is in brackets",
+        "the last epoch, raw scores; mean ± sample standard deviation over seeds, with their number in brackets",
         "sets whose labels helped to choose this package's defaults are development data, not a test of them",
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}",
     ]

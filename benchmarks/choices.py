@@ -1,7 +1,7 @@
 """Which defaults should the method have? Variants of this Cfa over development sets, seeds and backbones.
 
-The labels of development sets choose the method's defaults here, over all of them, and judged with one set left out at
-a time: the variant that is best on the others is judged on the one left out. No user's test labels are ever looked at.
+The labels of development sets choose the method's defaults, over all sets together. The choice is cross-validated with
+one set left out at a time: the variant that is best on the others is scored on that set. No user's labels are used.
 Finished runs are kept in ``results/choices.jsonl``; the tables are ``choices.md`` and ``choices.csv`` beside it, the
 picture is ``choices.png``.
 
@@ -40,8 +40,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "search": {kind: {"search": kind} for kind in ("exact", "two_level")},
     "views": {"whole image": {}, "and its centre": {"center_view": True}},
 }
-"""Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``, or several of them to
-look in upon one fit after each."""
+"""Groups of variants by name: arguments of Cfa where they are not the defaults, and ``epochs``; a list of them
+evaluates one fit after each."""
 
 Figures = Mapping[str, Mapping[str, float]]  # by variant and set
 
@@ -51,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
     parser = parser_for_sets(__doc__)
     parser.add_argument("--backbone", action=Backbones, required=True, metavar="NAME=FILE", help="repeatable")
     parser.add_argument("--group", action="append", choices=list(GROUPS), help="repeatable; default: all")
-    parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
-    parser.add_argument("--train-images", type=int, help="at most so many; default: all")
+    parser.add_argument("--size", type=int, default=256, help="image size in pixels; default: %(default)s")
+    parser.add_argument("--train-images", type=int, help="at most this many; default: all")
     return parser
 
 
@@ -105,7 +105,7 @@ class Curve(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the model after all epochs but the last."""
         if trainer.current_epoch == 0 and 0 in self.epochs:
-            pl_module.model.calibrate_all(pl_module._features)  # noqa: SLF001 - what an epoch would leave to its end
+            pl_module.model.calibrate_all(pl_module._features)  # noqa: SLF001 - otherwise done at the end of an epoch
         self._test(trainer.current_epoch, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Does an exported model say what PyTorch says, and how fast? Agreement, accuracy, size and time of each export.
+"""Does an exported model agree with PyTorch, and how fast is it? Agreement, accuracy, size and time of each export.
 
 Every test image of a set is predicted by a trained model in PyTorch, ONNX Runtime and OpenVINO, in each precision and
 compression; times are of one image, beside the model's own backbone. Then this Cfa is timed beside anomalib's own, both
@@ -45,14 +45,14 @@ def parser() -> argparse.ArgumentParser:
     parser = base_parser(__doc__)
     parser.add_argument("--ckpt_path", type=file, required=True, help="a trained model")
     parser.add_argument("--data", type=folder_of_a_set, required=True)
-    parser.add_argument("--test-step", type=int, default=1, help="predict each n-th image only, for a quick look")
+    parser.add_argument("--test-step", type=int, default=1, help="predict only every n-th image, for a quick look")
     parser.add_argument("--way", action="append", choices=list(WAYS), help="repeatable; default: all")
     return parser
 
 
 def plan(options: argparse.Namespace) -> Iterator[Task]:
     """What there is to measure."""
-    # A model trained again is another one.
+    # A retrained model counts as a different one.
     model = f"{options.ckpt_path.stat().st_size}-{options.ckpt_path.stat().st_mtime_ns}"
     for way in options.way or WAYS:
         yield {"label": way, "way": way, "data": options.data.name, "test_step": options.test_step, "checkpoint": model}
@@ -86,7 +86,7 @@ def of_way(task: Task) -> Result:
 
 
 def _trained(task: Task) -> Any:  # noqa: ANN401 - anomalib's are not typed
-    """The checkpoint's model; it gives scores and maps as they are, before normalization."""
+    """The checkpoint's model; it gives raw scores and maps, before normalization."""
     model = Cfa.load_from_checkpoint(task["ckpt_path"]).eval()
     model.post_processor.enable_normalization = model.post_processor.enable_thresholding = False
     return model
@@ -168,7 +168,7 @@ def _predictions(
     found, expected, labels, masks = [], [], [], []
     for item in images.test_data:
         array = np.ascontiguousarray(item.image[None].numpy(), dtype=np.float32)
-        # Copied: a runtime may use its outputs' memory again.
+        # Copied: a runtime may reuse its outputs' memory.
         found.append({name: value.copy() for name, value in predict(array).items()})
         expected.append(reference(array))
         labels.append(bool(item.gt_label))
@@ -199,7 +199,7 @@ def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor, task: Tas
 
 
 def exported(task: Task) -> Result:
-    """Time an exported model with a bank as large as it is by default: this package's or anomalib's own."""
+    """Time an exported model, this package's or anomalib's own, with a bank of the default size."""
     model = build_model(task).eval()
     network = model.model
     image = torch.rand(1, 3, task["size"], task["size"])
@@ -243,7 +243,7 @@ def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> 
     head = ["", "score", "labels flipped", "pixels beyond 1e-4", "image AUROC", "pixel AUROC", "on disk", "one image"]
     sections = []
     if lines:
-        sections.append(markdown_table([*head, "behind the backbone / backbone"], lines))
+        sections.append(markdown_table([*head, "after the backbone / backbone"], lines))
     if rivals:
         sections += ["## Exported, beside anomalib's own", markdown_table(["", "bank", "one image"], rivals)]
     notes = [

@@ -1,9 +1,9 @@
-"""What do defective images among the training images cost, can it be mended cheaply, and are they named?
+"""What do defective images among the training images cost, is there a cheap remedy, and are they detected?
 
-A share of the training images are defective test images, drawn by the seed. Those that the largest share takes are
-tested on at no share, so that shares compare. A set that has too few gives half of its defective images at most. Image
-AUROC, pixel AUROC and AUPRO of this Cfa as typed, of ways to make it robust, and of anomalib's models; and how many of
-the images that this Cfa names are mixed in ones. Finished runs are kept in ``results/dirty.jsonl``; the table is
+A share of the training images are defective test images, drawn with the seed. Those used for the largest share are left
+out of every test, so that shares are comparable. A set with too few gives at most half of its defective images. Image
+AUROC, pixel AUROC and AUPRO of this Cfa by default, of robust variants of it, and of anomalib's models; and how many of
+the images that this Cfa names were mixed in. Finished runs are kept in ``results/dirty.jsonl``; the table is
 ``dirty.md`` beside it.
 
     python benchmarks/dirty.py --weights-path FILE --data SET [--data SET ...] [--peers]
@@ -47,7 +47,7 @@ class DirtySet(ImageSet):
         mixed: How many defective images to train on.
         reserved: How many not to test on, the mixed ones among them.
         seed: Draws them. More are drawn in addition to fewer.
-        test_step: Test each n-th image only.
+        test_step: Test only every n-th image.
         without: Paths of images not to train on after all.
     """
 
@@ -77,9 +77,9 @@ class DirtySet(ImageSet):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = parser_for_a_backbone(__doc__)
-    parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
+    parser.add_argument("--size", type=int, default=256, help="image size in pixels; default: %(default)s")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
-    parser.add_argument("--peers", action="store_true", help="PaDiM, and PatchCore on small sets, too")
+    parser.add_argument("--peers", action="store_true", help="also the baselines: PaDiM, and PatchCore on small sets")
     return parser
 
 
@@ -109,7 +109,7 @@ def count_images(root: Path) -> tuple[int, int]:
 
 
 def mixed_images(share: int, normal: int, defective: int) -> int:
-    """How many defective images make up so many percent of the training images; half of them at most."""
+    """How many defective images make up ``share`` percent of the training images; at most half of them."""
     wanted = max(1, round(normal * share / (100 - share))) if share else 0
     return min(wanted, defective // 2)
 
@@ -169,7 +169,7 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     if len(sections) > 2:
         sections += ["## What the defective images change, on the mean over the sets", _changes(runs)]
     notes = [
-        "the last epoch, scores as they are; mean ± sample standard deviation over seeds, if there are several",
+        "the last epoch, raw scores; mean ± sample standard deviation over seeds, if there are several",
         "the same test images at each share; those mixed in are not among them",
         "development data: the labels decided whether a robust variant becomes this package's default, over all sets",
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}, {runs[0][0]['size']} x {runs[0][0]['size']}",
@@ -213,7 +213,7 @@ def _changes(runs: Sequence[Run]) -> str:
 
 
 def _changes_of(runs: Sequence[Run], name: tuple[str, str], metric: str, share: int, sets: Sequence[str]) -> str:
-    """The mean over the sets of a metric's change from this Cfa, or a peer, as typed on clean images."""
+    """The mean over the sets of a metric's change from this Cfa, or a baseline, with its defaults on clean images."""
     changes = []
     clean = name if name[0] != CFA else (CFA, AS_TYPED)
     for data in sets:

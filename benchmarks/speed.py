@@ -1,7 +1,7 @@
 """What does a large bank cost? Time and memory of this Cfa against its backbone, and against anomalib's models.
 
 Building the bank, K-means, a fit, a training step, one image and a batch, over the sizes of bank and images: ratios of
-what is measured in turn in one process, or in processes that follow each other. Finished measurements are kept in
+what is measured alternately in one process, or in consecutive processes. Finished measurements are kept in
 ``results/speed.jsonl``; the tables are ``speed.md`` beside it, and ``speed.png`` shows how time grows with the bank.
 
     python benchmarks/speed.py --backbone resnet18=FILE [--backbone NAME=FILE]
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--what", action="append", choices=MEASUREMENTS, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help="256 x 256 pixels, banks of two sizes, few images")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of what has processes of its own; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="repeats of k_means and fit; default: %(default)s")
     return parser
 
 
@@ -246,7 +246,7 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     sections = [_own_table(runs), _growth(runs), _rivals(runs)]
     if points := [run for run in runs if run[0]["what"] == "image"]:
         draw(points, options.output / "speed.png")
-        sections.append("![Time of one image behind the backbone](speed.png)")
+        sections.append("![Time for one image after the backbone](speed.png)")
     notes = [
         f"medians, and ratios of what was measured in turn; {options.threads} threads; device: {options.device}",
         "images of smooth noise; a memory bank of patches like theirs",
@@ -259,7 +259,7 @@ def _own_table(runs: Sequence[Run]) -> str:
     for task, found in runs:
         place = f"{task['backbone']}, {task['size']} x {task['size']}"
         if task["what"] == "build":
-            what = f"{place}: {found['centers']} centres of {task['images']} images over the backbone's pass over them"
+            what = f"{place}: {found['centers']} centres from {task['images']} images / the backbone's pass over them"
             lines.append([what, f"{figure(found['bank_s'])} s", figure(found["bank_s"] / found["backbone_s"])])
         elif task["what"] == "step":
             what = f"{place}: training step with {task['bank']} centres over one with 1,024"
@@ -267,7 +267,7 @@ def _own_table(runs: Sequence[Run]) -> str:
         elif task["what"] == "image":
             for name, label in (("one", "one image"), ("batch", "a batch of 32")):
                 behind, backbone = _behind(found, name), found[f"{name}_backbone_s"]
-                what = f"{place}, {task['bank']} centres: {label}, what is behind the backbone over the backbone"
+                what = f"{place}, {task['bank']} centres: {label}, time after the backbone / the backbone's time"
                 lines.append([what, f"{figure(1e3 * found[f'{name}_s'])} ms", figure(behind / backbone)])
     return markdown_table(["", "time", "ratio"], lines)
 
@@ -296,7 +296,7 @@ _RIVALS = {
     ("k_means", "seconds"): "K-means, seconds",
     ("k_means", "inertia"): "K-means, inertia",
     ("fit", "fit_s"): "fit, seconds",
-    ("fit", "fit_peak_bytes"): "fit, most bytes held",
+    ("fit", "fit_peak_bytes"): "fit, peak memory in bytes",
     ("fit", "step_s"): "training step of 32 images, seconds",
     ("fit", "one_s"): "one image, seconds",
     ("fit", "batch_s"): "a batch of 32, seconds",
@@ -320,13 +320,13 @@ def _rivals(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], path: Any) -> None:  # noqa: ANN401 - a path
-    """Draw how the time of one image, behind the backbone, grows with the bank."""
+    """Draw how the time for one image, after the backbone, grows with the bank."""
     chart = Figure(figsize=(6, 4), layout="constrained")
     axes = chart.add_subplot()
     for place in dict.fromkeys((task["backbone"], task["size"]) for task, _ in runs):
         points = [(task["bank"], _behind(found)) for task, found in runs if (task["backbone"], task["size"]) == place]
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{place[0]}, {place[1]} x {place[1]}")
-    axes.set(xscale="log", yscale="log", xlabel="centres", ylabel="seconds behind the backbone, one image")
+    axes.set(xscale="log", yscale="log", xlabel="centres", ylabel="seconds after the backbone, one image")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     chart.savefig(path, dpi=120)

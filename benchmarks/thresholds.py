@@ -1,6 +1,6 @@
-"""Do thresholds from normal images alone keep the rate of false alarms that was asked for, and what do they find?
+"""Do thresholds from normal images alone keep the requested false-alarm rate, and what do they find?
 
-Fits this Cfa to a set's normal images, with no defect in sight: its thresholds come from the training images, or from a
+Fits this Cfa to a set's normal images, without seeing a defect: its thresholds come from the training images, or from a
 fifth of them that is held out for validation. On the test images it counts the normal ones, and their pixels, above the
 thresholds, and the defective ones. Finished runs are kept in ``results/thresholds.jsonl``; the table is
 ``thresholds.md`` beside it.
@@ -40,7 +40,7 @@ class NormalImages(ImageSet):
         root: The set's folder.
         training_images: How many normal images to take, drawn by the seed; None: all.
         seed: Draws them.
-        test_step: Test each n-th image only.
+        test_step: Test only every n-th image.
         held_out: The share.
     """
 
@@ -80,7 +80,7 @@ class SeveralRates(OneClassPostProcessor):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = parser_for_a_backbone(__doc__)
-    parser.add_argument("--size", type=int, default=256, help="of the images; default: %(default)s")
+    parser.add_argument("--size", type=int, default=256, help="image size in pixels; default: %(default)s")
     parser.add_argument("--train-images", type=int, action="append", help="repeatable; default: all")
     return parser
 
@@ -143,14 +143,14 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
     head = [
         "thresholds from",
         "set",
-        "asked for",
+        "requested",
         "normal images above",
         "their pixels above",
         "defective images found",
     ]
     notes = [
         f"test images, means over {len({task['seed'] for task, _ in runs})} seeds",
-        "the rule was made with a look at development sets",
+        "the rule was designed with these development sets in view",
         f"{runs[0][0]['backbone']} with {runs[0][0]['weights']}, {runs[0][0]['size']} x {runs[0][0]['size']}",
     ]
     table = markdown_table(head, lines)

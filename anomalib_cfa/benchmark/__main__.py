@@ -31,13 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     parser = Benchmark.get_parser()
     parser.prog = _PROGRAM
-    parser.description = f"Run a benchmark, or go on with one; `{_PROGRAM} report DIR` writes its report."
+    parser.description = f"Run a benchmark, or resume one; `{_PROGRAM} report DIR` writes its report."
     options = parser.parse_args(arguments)
     benchmark = Benchmark()
     try:
         benchmark.run(options)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-        print("\nInterrupted. What is finished is saved; the same command goes on with the rest.", file=sys.stderr)
+        print("\nInterrupted. Finished jobs are saved; run the same command again to resume.", file=sys.stderr)
         return _INTERRUPTED
     return 1 if benchmark.failures else 0
 

@@ -125,7 +125,7 @@ def heat_map_page(results: Sequence[Result], labels: Sequence[str]) -> Iterator[
     """
     yield "# Best and worst cases"
     yield (
-        "From left to right: image, true mask, heat map, predicted outline. Best and worst is how far an image's score "
+        "From left to right: image, ground truth, heat map, predicted outline. Best and worst is by how far a score "
         "lies on the right side of the threshold, among the defective and among the normal images: the worst defective "
         "one is the most likely to be missed, the worst normal one the most likely false alarm. Colours share a scale "
         "within a category, with the pixel threshold in the middle."

@@ -18,7 +18,7 @@ class Case:
     Attributes:
         kind: ``"best"`` or ``"worst"``.
         image: The image's folder and name.
-        is_defective: The truth.
+        is_defective: The ground truth label.
         score: The image's score, before normalization.
         threshold: Images with a score above it are called defective.
         margin: How far the score lies on the right side of the threshold; negative: on the wrong side.
@@ -57,7 +57,7 @@ class Result(Outcome):
         peak_memory: Bytes: ``host``, resident in the process, None where it is unknown; ``device``.
         images: Numbers of ``train`` and ``test`` images.
         epochs: Number of epochs trained.
-        threshold_from: The side whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
+        threshold_from: The split whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
         weights: The backbone's weights.
         versions: Of Python and the packages.
         machine: The machine it ran on.
@@ -97,7 +97,7 @@ class RunFolder:
     """Folder of a run: ``results/``, ``failures/`` and ``cases/`` by job, the run's config, and its report.
 
     Args:
-        root: The folder; made when something is written.
+        root: The folder; created when something is written.
     """
 
     def __init__(self, root: Path | str) -> None:

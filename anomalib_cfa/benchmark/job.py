@@ -108,7 +108,7 @@ class Job(BenchmarkJob):
             The result in one flat dictionary, as from anomalib's job.
 
         Raises:
-            Exception: Whatever went wrong; the runner goes on with the next job.
+            Exception: Whatever went wrong; the runner continues with the next job.
         """
         device = "" if task_id is None else f" on device {task_id}"
         left = self.total - self.number
@@ -178,7 +178,7 @@ class Job(BenchmarkJob):
                 ModelPredictor(model), listed_samples(dataset.samples), page, self.title, self.spec.model_name
             )
         except ValueError as error:  # of a model that does not normalize its scores, whose result is valid nevertheless
-            print(f"{self.title}: no page to inspect it: {error}", flush=True)
+            print(f"{self.title}: no inspection page: {error}", flush=True)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> pd.DataFrame:

@@ -68,7 +68,7 @@ class JobGenerator(BenchmarkJobGenerator):
 class ParallelRunner(AnomalibParallelRunner):
     """Anomalib's parallel runner, which sleeps while it waits, and goes on when a process is killed.
 
-    A process that dies, perhaps out of memory, breaks the whole pool without a word about which job killed it. So each
+    A process that dies, perhaps out of memory, breaks the whole pool without saying which job killed it. So each
     job that was under way is run once more alone, which settles it, and the others go on in a new pool.
 
     Args:
@@ -120,7 +120,7 @@ class Benchmark(AnomalibBenchmark):
     ``trainer`` section in ``benchmark``, with plain arguments of Lightning's trainer such as ``max_epochs``, and the
     full class path of another package's data module.
 
-    Each job's result is saved when it is finished. A run with the same folder does what is missing, tries again what
+    Each job's result is saved when it is finished. A run with the same folder runs what is missing, retries what
     failed, and leaves results of other settings alone.
 
     Attributes:
@@ -166,7 +166,7 @@ class Benchmark(AnomalibBenchmark):
         for key in keys:
             folder.forget_failure(key)
         done = sum(folder.has_result(key) for key in keys)
-        print(f"Benchmark in {folder.root}: {len(keys)} jobs, {done} of them done before", flush=True)
+        print(f"Benchmark in {folder.root}: {len(keys)} jobs, {done} already done", flush=True)
 
         for runner in runners:
             with suppress(SerialExecutionError):  # listed below, with the reasons

@@ -11,7 +11,7 @@ SOURCES = {
     "paper": "Paper: the authors' README (github.com/sungwool/cfa_for_anomaly_localization), WideResNet-50-2; each "
     "figure is that of the best epoch on the test set, which cannot be chosen without its labels",
     "anomalib": "Anomalib: the model page of its own Cfa (src/anomalib/models/image/cfa/README.md), resized to 256, "
-    "seed 0; training stopped after 5 epochs without a better pixel AUROC on the test side",
+    "seed 0; training stopped after 5 epochs without a better pixel AUROC on the test split",
 }
 """Where the figures come from and what they mean."""
 
@@ -48,7 +48,7 @@ def is_mvtec_ad(spec: JobSpec, test_images: int) -> bool:
 def published_figures(spec: JobSpec) -> dict[str, float]:
     """The figures of :data:`PUBLISHED` for a job's category and setting; nan where there are none.
 
-    Beside CFA++ stands the better of the paper's two views for each figure, as in the authors' README.
+    CFA++ is compared with the better of the paper's two views for each figure, as in the authors' README.
     """
     table = published_table()
     if spec.model_name != "Cfa" or spec.category not in table.index:

@@ -15,9 +15,9 @@ from anomalib_cfa.benchmark.spec import accelerators, expand
 from anomalib_cfa.benchmark.tables import AVERAGE, MEASURED, METRICS, TIMES, label_settings, summarize, tabulate
 
 _F1_NOTES = {
-    "test": "threshold chosen on the test side, where anomalib's data modules validate by default: optimistic",
-    "validation": "threshold chosen on a validation split of the training side",
-    "none": "anomalib's threshold without a validation side",
+    "test": "threshold chosen on the test split, where anomalib's data modules validate by default: optimistic",
+    "validation": "threshold chosen on validation images split off the training images",
+    "none": "anomalib's threshold without a validation split",
 }
 
 
@@ -87,17 +87,17 @@ def _state(run: RunFolder, results: Sequence[Result]) -> str:
 
 def _notes(results: Sequence[Result], summary: pd.DataFrame) -> str:
     notes = [
-        "Metrics are in percent, of the test side, after the last epoch; no epoch is chosen by its test metrics.",
-        "± is the sample standard deviation over seeds; without it there is one seed.",
+        "Metrics are in percent, on the test split, after the last epoch; no epoch is chosen by its test metrics.",
+        "± is the sample standard deviation over seeds; it is left out where there is only one.",
         *(f"F1: {_F1_NOTES[side]}." for side in sorted({result.threshold_from for result in results})),
-        "fit: wall time of training, with the memory bank and one validation; test: of testing, with its metrics.",
+        "fit: wall time of training, including memory bank and one validation; test: of testing, including metrics.",
         "host: peak resident memory of the process.",
     ]
     shown = {source for column, source in PUBLISHED.items() if summary[column].notna().any()}
     notes += [f"{note}." for source, note in SOURCES.items() if source in shown]
     if not all(is_mvtec_ad(result.spec, result.images["test"]) for result in results):
         notes.append(
-            "Published figures stand only beside jobs on MVTec AD itself, recognized by its class and number of test "
+            "Published figures are shown only for jobs on MVTec AD itself, recognized by its class and number of test "
             "images."
         )
     return "\n".join(f"- {note}" for note in notes)
@@ -107,7 +107,7 @@ def _inspections(run: RunFolder, results: Sequence[Result]) -> Iterator[str]:
     """Links to the pages on which to judge the models, one for each job."""
     pages = [page for result in results if (page := run.inspection(result.spec.key)).is_file()]
     if pages:
-        yield "All images of each job, by score and threshold, open in a browser:"
+        yield "All images of each job, by score and threshold (pages for a browser):"
         yield "\n".join(f"- [{page.stem}]({page.relative_to(run.root).as_posix()})" for page in pages)
 
 

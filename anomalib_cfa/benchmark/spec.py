@@ -1,4 +1,4 @@
-"""What a job is to do, in plain values, which can be named, saved and sent before anything is built."""
+"""A job's specification, in plain values, which can be named, saved and sent before anything is built."""
 
 import hashlib
 import json

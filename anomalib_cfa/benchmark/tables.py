@@ -37,7 +37,7 @@ _NAMED = {"model", "model.class_path", "data.class_path"} | {
 def label_settings(specs: Sequence[JobSpec]) -> list[str]:
     """Name the setting of each job: the model, its backbone, the paper's view, and whatever else differs among them.
 
-    A setting is all that a job's configuration says, but for the images and the seed.
+    A setting is a job's whole configuration except for the images and the seed.
     """
     flat = [flatten_dict({"accelerator": spec.accelerator, **spec.config}) for spec in specs]
     names = sorted({name for setting in flat for name in setting} - _IGNORED - _NAMED)

@@ -37,7 +37,7 @@ class RotatedMVTecAD(MVTecAD):
         crop_size: Height and width of the crop after it.
         val_split_mode: Where validation images come from, as in ``MVTecAD``.
         val_split_ratio: Their share, as in ``MVTecAD``.
-        seed: Governs the draws of the test side and random splits.
+        seed: Governs the draws of the test split and random splits.
 
     Raises:
         ValueError: If an argument is out of its range.

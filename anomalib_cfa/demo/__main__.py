@@ -1,4 +1,4 @@
-"""The whole path on rendered images: train, export, find defects, draw them."""
+"""The whole workflow on rendered images: train, export, find defects, draw them."""
 
 import argparse
 import os
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
 
     print(f"\nTest metrics of the last epoch, {'ImageNet' if weights.path else 'random'} features:")
     print("\n".join(summary))
-    print(f"\nHeat maps (image, true mask, heat map, predicted outline): {_short(output / 'heat_maps')}")
+    print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {_short(output / 'heat_maps')}")
     print(f"To judge the models and set their thresholds, open {', '.join(map(_short, pages))}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 

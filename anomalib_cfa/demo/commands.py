@@ -78,7 +78,7 @@ def _anomalib(subcommand: str, arguments: list[str], log: Path) -> None:
     """Print and run a command of anomalib's, with its output in ``log``."""
     executable = shutil.which("anomalib", path=sysconfig.get_path("scripts"))
     if executable is None:
-        msg = "The command `anomalib` is not installed beside this Python: install anomalib."
+        msg = "The command `anomalib` is not installed in this Python environment: install anomalib."
         raise RuntimeError(msg)
     print(f"\n$ anomalib {subcommand} {shlex.join(arguments)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)

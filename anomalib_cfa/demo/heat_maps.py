@@ -1,4 +1,4 @@
-"""Predictions of the exported OpenVINO model, drawn beside the truth."""
+"""Predictions of the exported OpenVINO model, drawn beside the ground truth."""
 
 import os
 import time
@@ -71,7 +71,7 @@ def _look(inferencer: OpenVINOInferencer, image: Path, category: Path, folder: P
         overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
     )
     picture = folder / f"{category.name}_{kind}_{image.stem}.png"
-    if drawn is not None:  # it never is: there are fields to draw
+    if drawn is not None:  # it is never None: there are fields to draw
         drawn.save(picture)
     return Finding(kind, float(seen["pred_score"]), seconds, picture)
 

@@ -46,8 +46,8 @@ def render_mvtec(
     set holds the images of a smaller one.
 
     Args:
-        root: Folder to write to; made if missing. Files of the same names are overwritten, others left.
-        categories: Names out of :data:`CATEGORIES`.
+        root: Folder to write to; created if missing. Files of the same names are overwritten, others left alone.
+        categories: Names from :data:`CATEGORIES`.
         seed: Seed of everything drawn, not negative.
         num_train: Number of normal training images, at least 1.
         num_good: Number of normal test images, at least 1.
@@ -59,7 +59,7 @@ def render_mvtec(
         ``<category>/ground_truth/<defect>/<number>_mask.png``, each mask 0 or 255.
 
     Raises:
-        ValueError: A category is unknown, or a number is below its least value.
+        ValueError: A category is unknown, or a number is below its minimum.
 
     Example:
         >>> from anomalib.data import MVTecAD
@@ -68,7 +68,7 @@ def render_mvtec(
     """
     root, categories = Path(root), list(categories)
     if unknown := sorted(set(categories) - set(CATEGORIES)):
-        msg = f"categories must be out of {sorted(CATEGORIES)}, but got {unknown}."
+        msg = f"categories must be among {sorted(CATEGORIES)}, but got {unknown}."
         raise ValueError(msg)
     least = {"seed": 0, "num_train": 1, "num_good": 1, "num_defective": 1, "image_size": _SMALLEST}
     given = (seed, num_train, num_good, num_defective, image_size)

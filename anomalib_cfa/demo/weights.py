@@ -67,7 +67,7 @@ def convert_efficientnet_lite0(folder: Path) -> Path | None:
     The package and timm name the same tensors differently, but list them in the same order.
 
     Args:
-        folder: Where the file goes; made if missing.
+        folder: Where the file goes; created if missing.
 
     Returns:
         The file, or None if the package is not installed.

@@ -34,12 +34,12 @@ _SMALL_MAP = 64  # longer side of a thumbnail's heat map, in pixels
 
 @dataclass
 class Inspection:
-    """What came of :func:`inspect_folder`.
+    """The outcome of :func:`inspect_folder`.
 
     Attributes:
         page: The page.
         images: How many images it shows.
-        unreadable: Names of the files that could not be judged, with the reasons.
+        unreadable: Names of the files that could not be processed, with the reasons.
         predicting: Seconds spent on reading and predicting the images.
         writing: Seconds spent on pictures and on the page.
     """
@@ -62,7 +62,7 @@ def inspect_folder(model: Path, folder: Path, page: Path, embed: bool = False, d
         device: Where to compute.
 
     Raises:
-        ValueError: If a path names nothing fit, no image can be judged, or the model does not normalize its scores.
+        ValueError: If a path is not usable, no image can be processed, or the model does not normalize its scores.
     """
     samples, predictor = find_samples(folder), load_predictor(model, device)
     return inspect_samples(predictor, samples, page, folder.resolve().name, model.name, embed)
@@ -82,7 +82,7 @@ def inspect_samples(
         embed: Whether the page holds everything itself.
 
     Raises:
-        ValueError: If no image can be judged, or the model does not normalize its scores.
+        ValueError: If no image can be processed, or the model does not normalize its scores.
     """
     target = PageFolder(page, embed)
     samples = [sample for sample in samples if target.files not in sample.path.parents]
@@ -112,7 +112,7 @@ def inspect_samples(
         result.writing += time.perf_counter() - predicted
     if not records:
         why = "".join(f"; {name}: {reason}" for name, reason in list(result.unreadable.items())[:1])
-        msg = f"samples must hold an image that can be judged, but none can{why}"
+        msg = f"samples must hold an image that can be processed, but none can{why}"
         raise ValueError(msg)
     start = time.perf_counter()
     target.write(
@@ -153,7 +153,7 @@ def _record(
     target: PageFolder,
     index: int,
 ) -> dict[str, Any]:
-    """What the page is told of an image, with its pictures saved."""
+    """What the page is told about an image; its pictures are saved."""
     grey = grey_levels(prediction.anomaly_map, 0, 1)
     picture = shrunk(seen, EMBEDDED_PICTURE if target.embed else PICTURE)
     small_map = shrunk(Image.fromarray(grey), _SMALL_MAP).convert("RGB")
@@ -198,7 +198,7 @@ def _reason(reason: Reason, seen: Image.Image, predictor: Predictor) -> dict[str
 def report(inspection: Inspection) -> Iterable[str]:
     """What to print of an inspection, line by line."""
     for name, reason in inspection.unreadable.items():
-        yield f"Could not be judged: {name}: {reason}"
+        yield f"Could not be processed: {name}: {reason}"
     yield (
         f"{inspection.images} images: predicted in {inspection.predicting:.1f} s, "
         f"pictures and page in {inspection.writing:.1f} s"

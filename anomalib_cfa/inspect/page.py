@@ -93,7 +93,7 @@ class PageFolder:
 
 
 class _Trusted(str):
-    """Text of this package, which the template takes as it is."""
+    """Text of this package, which the template does not escape."""
 
     __slots__ = ()
 

@@ -39,14 +39,14 @@ def shrunk(image: Image.Image, longest: int) -> Image.Image:
 
 
 def webp(image: Image.Image, quality: int = 80) -> bytes:
-    """Encode a picture with loss."""
+    """Encode a picture with lossy compression."""
     file = BytesIO()
     image.save(file, "WEBP", quality=quality, method=2)
     return file.getvalue()
 
 
 def grey_webp(values: NDArray[np.uint8]) -> bytes:
-    """Encode grey levels of shape (H, W) without loss."""
+    """Encode grey levels of shape (H, W) losslessly."""
     file = BytesIO()
     Image.fromarray(values).convert("RGB").save(file, "WEBP", lossless=True, quality=20, method=1)
     return file.getvalue()

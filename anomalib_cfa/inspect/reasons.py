@@ -44,7 +44,7 @@ class ReasonFinder:
 
     @classmethod
     def of(cls, model: Cfa) -> "ReasonFinder | None":
-        """The finder for a model, or None for one that cannot tell: of 0.1.0, or with a bank of mean features."""
+        """The finder for a model, or None for one that cannot tell: saved by 0.1.0, or with a bank of mean features."""
         images = getattr(model, "training_images", None)
         return cls(model, images) if images and len(model.model.memory_bank.sources) else None
 
@@ -68,7 +68,7 @@ class ReasonFinder:
         """The reason for the prediction made since :meth:`watch`; None if there was none."""
         if not self._described:
             return None
-        descriptors = self._described[0][0]  # the whole image's; that of its centre comes behind it
+        descriptors = self._described[0][0]  # the whole image's; that of its centre crop follows
         squared, indices = self._model.memory_bank.nearest(descriptors[None], 1)
         scores, indices = squared[0, ..., 0].sqrt(), indices[0, ..., 0]
         if self._model.score in {"local", "calibrated"}:

@@ -22,7 +22,7 @@ class Sample:
     Attributes:
         path: Its file.
         name: Its path within the folder inspected, with slashes.
-        kind: The kind of its defect, ``"good"`` of a normal image; empty where that is not known.
+        kind: The kind of its defect, ``"good"`` for a normal image; empty where that is not known.
         defective: Whether it has a defect; None where that is not known.
         mask: File of the defect's true mask, where there is one.
     """
@@ -38,7 +38,7 @@ class Sample:
 
         Args:
             size: Height and width to bring it to.
-            view: The part of the image that the mask is wanted of.
+            view: The part of the image for which to read the mask.
 
         Returns:
             The mask of shape ``size``, nowhere true for a normal image; None if it is not known.
@@ -54,7 +54,7 @@ def find_samples(folder: Path) -> list[Sample]:
     """List the images of a folder, sorted by name.
 
     Args:
-        folder: Images in any depth, or a category in MVTec AD's layout, of which the test side is taken:
+        folder: Images at any depth, or a category in MVTec AD's layout, whose test split is used:
             ``test/good``, ``test/<kind of defect>`` and ``ground_truth/<kind of defect>/<name>_mask.png``.
 
     Raises:

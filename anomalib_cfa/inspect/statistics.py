@@ -7,7 +7,7 @@ _PIXEL_THRESHOLDS = np.linspace(0, 1, 1001).astype(np.float32)
 
 
 class Threshold:
-    """Finds out a model's threshold from its verdicts: 0.5, anomalib's default, or what else agrees with them."""
+    """Infers a model's threshold from its verdicts: anomalib's default, 0.5, or else one that agrees with them."""
 
     def __init__(self) -> None:
         self._negative, self._positive = -np.inf, np.inf  # highest score that is negative, and lowest positive one
@@ -19,7 +19,7 @@ class Threshold:
 
     @property
     def value(self) -> float:
-        """A threshold that scores above it, and no others, are positive with."""
+        """A threshold for which the positive scores are exactly those above it."""
         if self._negative <= 0.5 < self._positive:
             return 0.5
         between = (np.clip(self._negative, 0, 1) + np.clip(self._positive, 0, 1)) / 2
@@ -36,7 +36,7 @@ class PixelCounts:
 
     def update(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
         """Take in an image: its map, and its true mask of the same shape if there is one."""
-        # Place k holds what is above k thresholds.
+        # Bin k counts the pixels that are above k thresholds.
         places = np.searchsorted(_PIXEL_THRESHOLDS, anomaly_map.ravel(), side="left")
         size = len(_PIXEL_THRESHOLDS) + 1
         if mask is None:

@@ -21,7 +21,7 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
 
     Args:
         checkpoint: The file, replaced in one step.
-        image: Normalized score above which an image is called defective. None: as it is.
+        image: Normalized score above which an image is called defective. None: unchanged.
         pixel: Likewise of a pixel.
 
     Raises:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"thresholds: {error}", file=sys.stderr)
         return 1
-    print(f"Set in {options.checkpoint}; export it again for the exported model to have them")
+    print(f"Thresholds set in {options.checkpoint}; export it again to apply them to the exported model")
     return 0
 
 

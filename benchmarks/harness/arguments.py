@@ -10,7 +10,7 @@ def base_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="threads per process; default: %(default)s")
     parser.add_argument("--minutes", type=float, help="start nothing further after this time")
     parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s")
     return parser
@@ -22,14 +22,14 @@ def parser_for_sets(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--test-step", type=int, default=1, help="test each n-th image only, for a quick look")
+    parser.add_argument("--test-step", type=int, default=1, help="test only every n-th image, for a quick look")
     return parser
 
 
 def parser_for_a_backbone(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of a benchmark of one backbone over sets of images."""
     parser = parser_for_sets(description)
-    parser.add_argument("--weights-path", type=file, required=True, help="of the backbone, with timm's keys")
+    parser.add_argument("--weights-path", type=file, required=True, help="backbone weights, with timm's keys")
     parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
     return parser
 
@@ -45,7 +45,7 @@ def folder_of_a_set(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """A file that is there."""
+    """An existing file."""
     path = Path(text)
     if not path.is_file():
         msg = f"must be a file, but there is none at {path}"

@@ -16,7 +16,7 @@ class ImageSet(Folder):
         root: The set's folder.
         training_images: How many normal images to train on, drawn by the seed; None: all.
         seed: Chooses the training images.
-        test_step: Test each n-th image only.
+        test_step: Test only every n-th image.
     """
 
     def __init__(self, root: Path, training_images: int | None = None, seed: int = 0, test_step: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Anomalib's metrics of scores as they are, without a normalization that would clamp them."""
+"""Anomalib's metrics on raw scores, without a normalization that would clamp them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ class RawAUROC(AUROC):
     """AUROC of scores of any range.
 
     Torchmetrics takes scores beyond [0, 1] for logits, and puts each batch that has one through a sigmoid in float32.
-    Mahalanobis distances become one there, and ties.
+    Mahalanobis distances all become 1 there, and so are tied.
     """
 
     def update(self, batch: Batch, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -35,6 +35,6 @@ def raw_evaluator(*, has_masks: bool) -> Evaluator:
 
 
 def _between_0_and_1(scores: Tensor) -> Tensor:
-    """A rising function of scores, in float64: those of size 1e-6 to 1e6 that differ in float32 still do."""
+    """A strictly increasing function, in float64: scores of size 1e-6 to 1e6 that differ in float32 still do."""
     scores = scores.double()
     return 0.5 + 0.5 * scores / (1 + scores.abs())

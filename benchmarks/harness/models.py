@@ -29,12 +29,12 @@ def build_model(task: Task) -> Any:  # noqa: ANN401 - one of five classes
     shared: dict[str, Any] = {"backbone": task["backbone"], "evaluator": False, "visualizer": False}
     shared["pre_processor"] = Patchcore.configure_pre_processor((size, size))
     if name == ANOMALIB_CFA:
-        # It would download torchvision's weights.
+        # Anomalib's Cfa would otherwise download torchvision's weights.
         with patch("torchvision.models.get_model_weights", return_value=SimpleNamespace(DEFAULT=None)):
             model: Any = Cfa(**shared, **({"gamma_c": task["gamma_c"]} if "gamma_c" in task else {}))
         network = model.model.feature_extractor
     else:
-        shared["pre_trained"] = False  # which would ask the hub
+        shared["pre_trained"] = False  # True would download from the hub
         if name == PADIM:
             model = Padim(**shared)
         elif name == DFM:

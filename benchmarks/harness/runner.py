@@ -1,4 +1,4 @@
-"""Carries tasks out, each in a process of its own, and shows how far it is."""
+"""Runs tasks, each in its own process, and shows the progress."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ _PROCESS = Path(__file__).with_name("process.py")
 
 
 def answer(question: str, arguments: Sequence[str] | None = None) -> int:
-    """Make the runs of a benchmark that are missing, and report all.
+    """Run the missing tasks of a benchmark, and report on all of them.
 
     Args:
         question: The benchmark's file, without ``.py``. It has four functions: ``parser``, ``plan``, which lists tasks,
@@ -41,7 +41,7 @@ def answer(question: str, arguments: Sequence[str] | None = None) -> int:
 def carry_out(
     question: str, tasks: Iterable[Task], options: argparse.Namespace
 ) -> tuple[list[tuple[Task, Result]], bool]:
-    """Carry out the tasks that are not finished. Failures are told, and tried again by a rerun.
+    """Carry out the tasks that are not finished. Failures are reported; a rerun tries them again.
 
     Args:
         question: The benchmark's file, without ``.py``; its function ``measure`` measures a task. Results are kept in

@@ -14,7 +14,7 @@ class Store:
     """A file of results.
 
     Args:
-        path: A ``.jsonl`` file; made when the first result is put in. A last line that was cut off is not counted.
+        path: A ``.jsonl`` file; created with the first result. A truncated last line is ignored.
     """
 
     def __init__(self, path: Path) -> None:

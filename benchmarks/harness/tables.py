@@ -29,12 +29,12 @@ def spread(values: Sequence[float]) -> str:
 def write_report(
     path: Path, title: str, notes: Sequence[str], sections: Sequence[str], results: Sequence[Result]
 ) -> str:
-    """Write a report, and print where it lies.
+    """Write a report, and print it and its path.
 
     Args:
         path: The report's ``.md`` file.
         title: Its heading.
-        notes: What one must know to read it, a line each.
+        notes: What a reader must know, one line each.
         sections: Its tables and pictures.
         results: Those that it shows; they say what it was measured on.
     """
@@ -48,7 +48,7 @@ def write_report(
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Write rows, whose columns are those of any of them."""
+    """Write rows; the columns are the union of the rows' keys."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -11,7 +11,7 @@ import torch
 
 
 def alternate(calls: Sequence[Callable[[], object]], repeats: int, warm_up: int = 3) -> list[float]:
-    """Median seconds of each call, made in turn, so that a machine's moods meet all of them."""
+    """Median seconds of each call, interleaved, so that changes in machine load affect all alike."""
     taken: list[list[float]] = [[] for _ in calls]
     for number in range(repeats + warm_up):
         for call, seconds in zip(calls, taken, strict=True):
@@ -38,7 +38,7 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def limit_threads(threads: int) -> None:
-    """Hold this process to so many threads, whichever library starts them."""
+    """Limit this process to a number of threads, whichever library starts them."""
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

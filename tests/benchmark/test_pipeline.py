@@ -58,7 +58,7 @@ def test_an_interruption_keeps_what_is_finished_and_is_no_failure(first_run, mon
     folder = RunFolder(tmp_path)
     assert [result.spec.seed for result in folder.results()] == [0]
     assert not list(folder.failures())
-    assert "goes on with the rest" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 def test_progress_names_category_seed_and_what_is_left(measured, tmp_path, capsys):

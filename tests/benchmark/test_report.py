@@ -19,7 +19,7 @@ def test_a_report_of_a_real_run_shows_pictures_that_exist(first_run, tmp_path):
     text = report.read_text()
     assert "2 of the 4 jobs of the config are missing" in text
     assert "no_such_backbone" in text
-    assert "threshold chosen on the test side" in text
+    assert "threshold chosen on the test split" in text
     assert "Seeds: 0, 1" in text
     assert len(pd.read_csv(report.with_name("results.csv"))) == 2
     assert list(pd.read_csv(report.with_name("summary.csv"))["category"]) == ["tile", AVERAGE]

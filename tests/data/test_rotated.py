@@ -1,4 +1,4 @@
-"""RD-MVTec AD: image and mask move together, and the test side's draws are the seed's."""
+"""RD-MVTec AD: image and mask move together, and the test split's draws are the seed's."""
 
 import pytest
 import torch

@@ -73,7 +73,7 @@ def test_the_seed_fixes_every_file_and_a_larger_set_holds_the_smaller(tmp_path: 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"categories": ["tile", "bolt"]}, "categories must be out of ['metal_nut', 'tile'], but got ['bolt']"),
+        ({"categories": ["tile", "bolt"]}, "categories must be among ['metal_nut', 'tile'], but got ['bolt']"),
         ({"num_train": 0}, "num_train must be at least 1, but got 0"),
         ({"image_size": 31}, "image_size must be at least 32, but got 31"),
         ({"seed": -1}, "seed must be at least 0, but got -1"),
