@@ -260,6 +260,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
         assert self._features is not None
+        self.model.calibration.restart()  # a fit that goes on within an epoch does not start one
         self.trainer.fit_loop.setup_data()
         if self.model.memory_bank.is_built:
             logger.info("Training continues with the model's memory bank; clear_memory_bank() discards it")

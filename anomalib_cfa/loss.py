@@ -38,15 +38,14 @@ class CfaLoss(nn.Module):
         """Compute both terms.
 
         Args:
-            squared_distances: Squared distances to the K + J nearest centres, nearest first, of shape (..., K + J).
+            squared_distances: Squared distances to the K + J nearest centres or more, nearest first, of shape (..., k).
             radius: The hyperspheres' radius r, a scalar.
 
         Returns:
             Attraction and repulsion, each a scalar; their sum is the loss.
         """
-        attracting, repelling = squared_distances.split(
-            [self.num_nearest_neighbors, self.num_hard_negative_features], dim=-1
-        )
+        targets = self.num_nearest_neighbors + self.num_hard_negative_features
+        attracting, repelling = squared_distances[..., :targets].tensor_split([self.num_nearest_neighbors], dim=-1)
         attraction = torch.relu(attracting - radius**2).mean()
         repulsion = torch.relu(radius**2 - repelling - self.alpha).mean() if repelling.numel() else radius.new_zeros(())
         return attraction / NU, repulsion / NU

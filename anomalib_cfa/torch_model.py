@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Of a block's patch descriptors: what a CPU's caches hold, or what an accelerator's memory can spare.
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_BYTES_ON_ACCELERATOR = 2**30
+_FEWEST_TARGETS = 6  # centres found for each patch, among which the calibration looks for one from another place
 _NEIGHBORS = 8  # centres, a centre itself among them, whose patches say what is usual around it
 
 
@@ -237,11 +238,13 @@ class CfaModel(nn.Module):
             pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Returns:
-            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, K + J), and the patch
-            descriptors, of shape (B, h, w, D).
+            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, k) with a k of K + J, or
+            of six where those are fewer and there are as many centres, and the patch descriptors, of shape
+            (B, h, w, D).
         """
         descriptors = self.describe(pyramid)
-        neighbors = self.num_nearest_neighbors + self.num_hard_negative_features
+        wanted = max(self.num_nearest_neighbors + self.num_hard_negative_features, _FEWEST_TARGETS)
+        neighbors = min(wanted, len(self.memory_bank.centers))
         return *self.memory_bank.nearest(descriptors, neighbors), descriptors
 
     def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import OmegaConf
-from tiny import engine, mvtec, tiny_cfa
+from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
@@ -325,3 +325,13 @@ def test_a_checkpoint_of_anomalibs_own_cfa_is_refused_with_what_to_do(fitted):
     checkpoint["state_dict"] = {"model.memory_bank": torch.rand(4, 4)}
     with pytest.raises(ValueError, match="ANOMALIB_CFA_REGISTER=0"):
         tiny_cfa().on_load_checkpoint(checkpoint)
+
+
+def test_a_fitted_model_takes_the_state_of_one_with_a_larger_bank():
+    small, large = fit_to_noise(tiny_cfa(), images=2), fit_to_noise(tiny_cfa(), images=5)
+    small.load_state_dict(large.state_dict())
+    images = noise(3, 64, 64, seed=9)
+    with torch.no_grad():
+        found, wanted = small.model(images), large.model(images)
+    assert torch.equal(found.pred_score, wanted.pred_score)
+    assert torch.equal(found.anomaly_map, wanted.anomaly_map)

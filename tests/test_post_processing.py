@@ -139,6 +139,13 @@ def test_thresholds_from_training_images_are_on_the_scale_of_the_score(rendered_
     torch.testing.assert_close(model.post_processor._image_threshold, expected, rtol=1e-3, atol=0)
 
 
+def test_the_last_epoch_alone_sets_the_thresholds(rendered_mvtec, tmp_path, caplog):
+    datamodule = of_normal_images(rendered_mvtec, val_split_mode="none", test_split_mode="none")
+    with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
+        engine(tmp_path, max_epochs=2).fit(tiny_cfa(), datamodule=datamodule)
+    assert caplog.text.count("The thresholds come from 6 training images") == 2
+
+
 def test_normal_images_held_out_set_the_thresholds(rendered_mvtec, tmp_path, caplog):
     model = tiny_cfa()
     with caplog.at_level(logging.INFO, logger="anomalib_cfa"):

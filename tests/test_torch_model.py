@@ -64,7 +64,7 @@ def test_a_step_is_that_of_the_plain_formula(backbone, size, batch, layers, radi
     described = plain.describe([level.double() for level in pyramid], *double[:2])
     centers = model.memory_bank.centers.double()
     # Of two centres that are as near as each other to float32 either may be found: both formulas take the same.
-    found = torch.cat([model.targets(block)[1] for block in blocks])
+    found = torch.cat([model.targets(block)[1] for block in blocks])[..., : k + j]
     squared = (described[..., None, :] - centers[found]).square().sum(dim=-1)
     with torch.no_grad():
         if search == "exact":
@@ -134,14 +134,14 @@ def test_patch_scores_are_those_of_the_plain_formulas(score, gamma_d):
 def test_the_score_is_calibrated_by_the_nearest_centre_from_another_place():
     model = built("test_resnet", (64, 64))
     centers = torch.zeros(4, model.descriptor.width)
-    model.assign_bank(centers, torch.tensor([[0, 0, 0], [0, 0, 1], [5, 0, 0], [5, 1, 1]]))
-    # Patches (0, 0), (0, 1), (1, 0) and (1, 1) of an image, and their three nearest centres.
-    indices = torch.tensor([[[[0, 2, 1], [0, 1, 2]], [[3, 2, 0], [3, 3, 3]]]])
-    squared = torch.tensor([[[[1.0, 4, 9], [16, 25, 36]], [[49, 64, 81], [100, 121, 144]]]])
+    model.assign_bank(centers, torch.tensor([[0, 0, 0], [0, 0, 3], [5, 0, 0], [5, 1, 1]]))
+    # Patches (0, 0), (0, 1), (0, 2), (1, 0), (1, 1) and (1, 2) of an image, and their three nearest centres.
+    indices = torch.tensor([[[[0, 2, 1], [0, 1, 2], [3, 0, 1]], [[1, 2, 0], [3, 3, 3], [2, 0, 3]]]])
+    squared = torch.tensor([[[[1.0, 4, 9], [16, 25, 36], [4, 9, 16]], [[49, 64, 81], [100, 121, 144], [1, 2, 3]]]])
     model.calibrate(squared, indices)
     counts, distances, _ = model.calibration._sums
-    assert counts.tolist() == [1, 1, 0, 2]
-    assert distances.tolist() == [4, 3, 0, 7 + 12]  # of (1, 1) no centre is from elsewhere: the last counts
+    assert counts.tolist() == [1, 2, 1, 2]
+    assert distances.tolist() == [4, 3 + 7, 1, 2 + 12]  # of (1, 1) no centre is from elsewhere: the last counts
 
 
 def test_centres_without_sources_all_count():

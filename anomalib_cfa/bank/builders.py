@@ -74,7 +74,8 @@ class KMeansBank(BankBuilder):
     """Centres of K-means over a random sample of all images' patch descriptors.
 
     Unlike a mean of each position it does not need the images to be aligned. Without a gamma_c there are 16,384
-    centres, or as many as there are pairs of patches.
+    centres, or as many as there are pairs of patches. Where there are no more than two patches for a centre, the
+    centres are a random choice of them.
     """
 
     def __init__(self, gamma_c: float | None, seed: int, processes: Processes | None = None) -> None:
@@ -100,7 +101,12 @@ class KMeansBank(BankBuilder):
             wanted = min(_CENTERS, self.count * self._patches // _FEWEST_PATCHES_PER_CENTER)
         else:
             wanted = self._compressed(self._patches)
-        centers, nearest = k_means(points, min(wanted, len(points)), self.seed)
+        if len(points) <= _FEWEST_PATCHES_PER_CENTER * wanted:
+            # The mean of two patches is as near to one as to the other: rounding would choose where it came from.
+            chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(self.seed))[:wanted]
+            chosen = chosen.sort().values.to(points.device)
+            return points[chosen], sources[chosen]
+        centers, nearest = k_means(points, wanted, self.seed)
         return centers, sources[nearest]
 
 

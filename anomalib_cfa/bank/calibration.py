@@ -82,14 +82,14 @@ class CenterCalibration(DynamicBufferMixin):
         if self._sums is None:
             return
         sums = total(self._sums.clone())
+        count, distance, _ = sums.sum(dim=1)
+        if count == 0:
+            return
         if neighbors is not None:
             sums = sums[:, neighbors].sum(dim=2)
         counts, distances, _ = sums
-        count = counts.sum()
-        if count == 0:
-            return
-        of_all = _scatter(sums).sum() / count  # pooled within centres, without the variance between them
-        mean = (distances + _PSEUDO_COUNT * distances.sum() / count) / (counts + _PSEUDO_COUNT)
+        of_all = _scatter(sums).sum() / counts.sum()  # within neighbourhoods, without the variance between them
+        mean = (distances + _PSEUDO_COUNT * distance / count) / (counts + _PSEUDO_COUNT)
         variance = (_scatter(sums) + _PSEUDO_COUNT * of_all) / (counts + _PSEUDO_COUNT)
         self.mean = mean.to(self.mean.dtype)
         self.deviation = variance.clamp(min=1e-12).sqrt().to(self.deviation.dtype)

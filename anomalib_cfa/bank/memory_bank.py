@@ -109,10 +109,10 @@ class MemoryBank(DynamicBufferMixin):
         """
         if not len(self.sources):
             return torch.ones_like(indices, dtype=torch.bool)
-        _, height, width, _ = indices.shape
-        own = torch.arange(height * width, device=indices.device).view(height, width, 1)
-        place: Tensor = self.sources[:, 1] * width + self.sources[:, 2]
-        return place[indices] != own
+        rows, columns = (torch.arange(size, device=indices.device) for size in indices.shape[1:3])
+        _, row, column = self.sources.T
+        elsewhere: Tensor = (row[indices] != rows[:, None, None]) | (column[indices] != columns[:, None])
+        return elsewhere
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
         # To another device or precision: the index is rebuilt there, always in float32.
@@ -122,4 +122,5 @@ class MemoryBank(DynamicBufferMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         state_dict.setdefault(f"{prefix}sources", self.sources.new_empty(0, 3))  # 0.1.0 has none
+        self.clear()  # what was built may lie in storage that cannot be resized
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -92,3 +92,11 @@ def _check_sizes(state: Mapping[str, Any]) -> None:
             if size != wanted:
                 msg = f"The checkpoint's {name} has shape {shape}, which does not fit its {source}: it is damaged"
                 raise ValueError(msg)
+    count = len(state["model.memory_bank.centers"])
+    sources = state.get("model.memory_bank.sources", torch.empty(0, 3))  # 0.1.0 has none
+    if sources.shape not in {(0, 3), (count, 3)}:
+        msg = (
+            f"The checkpoint's model.memory_bank.sources must have shape (0, 3) or ({count}, 3), but has "
+            f"{tuple(sources.shape)}: it is damaged"
+        )
+        raise ValueError(msg)

@@ -21,7 +21,8 @@ class OutOfBagScores:
     each patch is scored by the nearest centres that are not its image's own, and where all of its targets are, the
     whole bank is searched. A bank of means, in which all images count, has no centre that is anyone's own.
 
-    What is found is kept until the next epoch, 8 bytes for each patch, since the score is calibrated at the end of one.
+    What is found is kept until the next epoch, 8 bytes for each patch and each of the centres that score it, since the
+    score is calibrated at the end of one.
 
     Args:
         model: The network, with its memory bank.
@@ -91,12 +92,13 @@ class OutOfBagScores:
         """Predict the epoch's images as the model is now.
 
         Yields:
-            The scores of some images, of shape (B,), and their maps, of shape (B, H, W). A single image has none, as
-            there is no other's centre.
+            The scores of some images, of shape (B,), and their maps, of shape (B, H, W). An image that all centres came
+            from has none.
         """
-        for _, *patch_scores in self._patch_scores():
-            if all(scores.isfinite().all() for scores in patch_scores):
-                anomaly_map, *more = self._model.smooth(patch_scores, self._image_size)
+        for _, of_map, of_image in self._patch_scores():
+            scored = of_map.flatten(1).isfinite().all(dim=1)
+            if scored.any():
+                anomaly_map, *more = self._model.smooth((of_map[scored], of_image[scored]), self._image_size)
                 pred_score = [anomaly_map, *more][-1].amax(dim=(-2, -1))
                 yield InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 

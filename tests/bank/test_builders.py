@@ -118,6 +118,16 @@ def test_a_sample_is_bounded_and_holds_all_images_alike():
     assert torch.equal(points[:, 0].int(), sources[:, 0])
 
 
+def test_centers_of_two_patches_or_fewer_are_patches_not_their_means():
+    descriptors = images(3)
+    builder = KMeansBank(None, seed=0)
+    builder.update(descriptors)
+    centers, sources = builder.centers()
+    assert len(centers) == 3 * 20 // 2 == len(sources.unique(dim=0))
+    image, row, column = sources.long().T
+    assert torch.equal(centers, descriptors[image, row, column])
+
+
 def test_samples_of_all_processes_are_put_together():
     descriptors = images(7)
     shares = [descriptors[0::2], descriptors[1::2]]
