@@ -15,10 +15,11 @@ from anomalib.data import MVTecAD
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from exporting import assert_agree, predict, run_onnx, run_openvino
-from tiny import engine, mvtec, noise
+from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
+from anomalib_cfa.training.checkpoints import check_checkpoint
 
 TRAINED = {
     "backbone": "test_resnet.r160_in1k",
@@ -239,3 +240,12 @@ def test_validation_and_test_of_the_same_images_agree(rendered_mvtec, tmp_path):
     (tested,) = run.test(model, datamodule=datamodule, verbose=False)
     for name in ("image_AUROC", "pixel_AUROC"):
         assert validated[name] == pytest.approx(tested[name], abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (0, 2), (8,)])
+def test_sources_that_do_not_fit_the_centres_are_refused(shape):
+    state = fit_to_noise(tiny_cfa()).state_dict()
+    check_checkpoint({"state_dict": state})
+    state["model.memory_bank.sources"] = torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"memory_bank\.sources must have shape \(0, 3\) or \(\d+, 3\), but has"):
+        check_checkpoint({"state_dict": state})
