@@ -166,7 +166,7 @@ def test_speed_reports_ratios_and_growth(tmp_path, weights):
         runs.append((task, {**figures, "seconds": seconds, "inertia": 1.0, "fit_s": seconds, **ENVIRONMENT}))
     speed.report(runs, options)
     text = (tmp_path / "speed.md").read_text()
-    assert "16384 centres of 300 images over the backbone's pass over them | 2.00 s | 0.5 |" in text
+    assert "16384 centres from 300 images / the backbone's pass over them | 2.00 s | 0.5 |" in text
     assert "| resnet18, 256 x 256 | 0.50 |" in text
     for what in ("K-means", "fit"):
         assert f"| {what}, seconds: anomalib's Cfa over this package | 1.00 | 5.00 | 5.00 |" in text
