@@ -341,11 +341,12 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
         self._finish_calibration()
         post_processor, out_of_bag = self.post_processor, self._out_of_bag
-        if sum(self.trainer.num_val_batches) or not isinstance(post_processor, OneClassPostProcessor):
+        if out_of_bag is None or any(self.trainer.num_val_batches):
             return
-        for predictions in () if out_of_bag is None else out_of_bag.predictions():
-            post_processor.update(predictions)
-        post_processor.finish("training images, each scored without the centres that it gave")
+        if isinstance(post_processor, OneClassPostProcessor):
+            for predictions in out_of_bag.predictions():
+                post_processor.update(predictions)
+            post_processor.finish("training images, each scored without the centres that it gave")
 
     def _finish_calibration(self) -> None:
         processes = Processes.of(self.trainer.strategy)

@@ -156,10 +156,8 @@ class CfaModel(nn.Module):
             squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
             indices: Those centres' indices, of the same shape.
         """
-        elsewhere = self.memory_bank.from_elsewhere(indices)
-        first = elsewhere.byte().argmax(dim=-1, keepdim=True)
-        first = first.where(elsewhere.any(dim=-1, keepdim=True), indices.shape[-1] - 1)
-        self.calibration.update(squared.gather(-1, first).sqrt(), indices.gather(-1, first))
+        squared, indices = self.memory_bank.nearest_elsewhere(squared, indices)
+        self.calibration.update(squared.sqrt(), indices)
 
     def finish_calibration(self, processes: Processes) -> None:
         """Relate scores to the distances that the calibration has taken in.

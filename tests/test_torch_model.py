@@ -144,9 +144,12 @@ def test_the_score_is_calibrated_by_the_nearest_centre_from_another_place():
     assert distances.tolist() == [4, 3 + 7, 1, 2 + 12]  # of (1, 1) no centre is from elsewhere: the last counts
 
 
-def test_centres_without_sources_all_count():
+def test_without_sources_the_nearest_centre_counts():
     model = built("test_resnet", (64, 64), bank="mean", gamma_c=1)
-    assert model.memory_bank.from_elsewhere(torch.zeros(1, 2, 2, 3, dtype=torch.long)).all()
+    squared, indices = torch.tensor([1.0, 4, 9]).expand(1, 2, 2, 3), torch.tensor([2, 0, 1]).expand(1, 2, 2, 3)
+    nearest, index = model.memory_bank.nearest_elsewhere(squared, indices)
+    assert (nearest == 1).all()
+    assert (index == 2).all()
 
 
 @pytest.mark.parametrize("score", ["nearest", "local"])

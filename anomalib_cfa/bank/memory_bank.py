@@ -98,21 +98,25 @@ class MemoryBank(DynamicBufferMixin):
         squared, indices = self.index(descriptors, k)
         return squared, indices
 
-    def from_elsewhere(self, indices: Tensor) -> Tensor:
-        """Which centres came from another place in the image than the patches that they are compared with.
+    def nearest_elsewhere(self, squared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each patch's nearest centres the first that came from another place in the image.
 
         Args:
-            indices: Centres for each patch, of shape (B, h, w, k).
+            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
+            indices: Those centres' indices, of the same shape.
 
         Returns:
-            True for those, and for all where the sources are not known; of the same shape.
+            Squared distance and index of that centre, both of shape (B, h, w): of the last centre where none came from
+            elsewhere, of the first where the sources are not known.
         """
         if not len(self.sources):
-            return torch.ones_like(indices, dtype=torch.bool)
+            return squared[..., 0], indices[..., 0]
         rows, columns = (torch.arange(size, device=indices.device) for size in indices.shape[1:3])
         _, row, column = self.sources.T
-        elsewhere: Tensor = (row[indices] != rows[:, None, None]) | (column[indices] != columns[:, None])
-        return elsewhere
+        elsewhere = (row[indices] != rows[:, None, None]) | (column[indices] != columns[:, None])
+        elsewhere[..., -1] = True
+        first = elsewhere.byte().argmax(dim=-1, keepdim=True)
+        return squared.gather(-1, first)[..., 0], indices.gather(-1, first)[..., 0]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
         # To another device or precision: the index is rebuilt there, always in float32.
