@@ -12,11 +12,7 @@ from packaging.requirements import Requirement
 def supported_versions() -> dict[str, Requirement]:
     """The packages that this one needs, without those of its extras, by their distributions' names."""
     wanted = map(Requirement, requires("anomalib-cfa") or ())
-    return {requirement.name: requirement for requirement in wanted if _is_needed(requirement)}
-
-
-def _is_needed(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    return {each.name: each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
 
 
 def check_versions() -> None:

@@ -1,7 +1,6 @@
 """CFA as an anomalib model: wires the network, its memory bank and its loss into Lightning's loops."""
 
 import logging
-from collections.abc import Sequence
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -163,7 +162,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         # A size in a user's own pre-processor is checked when images come, unless the backbone is built for it:
         # anomalib's tiled ensemble builds throw-away models of 10 x 10 pixels.
         is_own = "pre_processor" not in self._given
-        needed = is_own or find_backbone(self.hparams["backbone"]).is_of_one_size
+        tells_size = hasattr(self.pre_processor, "transform")
+        needed = is_own or (tells_size and find_backbone(self.hparams["backbone"]).is_of_one_size)
 
         def arguments(part: type) -> dict[str, Any]:
             return {name: self.hparams[name] for name in signature(part).parameters if name in self.hparams}
@@ -173,26 +173,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         self.model: CfaModel = CfaModel(patch_features, **arguments(CfaModel))
         self.loss = CfaLoss(**arguments(CfaLoss))
 
-    @staticmethod
-    def configure_pre_processor(
-        image_size: Sequence[int] | int | None = None,
-        center_crop_size: Sequence[int] | int | None = None,
-        backbone: str | None = None,
-    ) -> PreProcessor:
-        """A resize, a centre crop if wanted, and the normalization that the backbone was trained with.
-
-        Args:
-            image_size: Height and width to resize to. Defaults to 256 x 256, the paper's.
-            center_crop_size: Height and width to crop to after that; the paper's is 224 x 224.
-            backbone: The backbone. Default: one that takes ImageNet's mean and standard deviation, as most do.
-
-        Raises:
-            ValueError: If a size is not positive, the crop is larger than the image, or there is no such backbone.
-        """
-        found = None if backbone is None else find_backbone(backbone)
-        statistics = {} if found is None else {"mean": found.mean, "std": found.std}
-        size = 256 if image_size is None else image_size
-        return pre_processing.configure_pre_processor(size, center_crop_size, **statistics)
+    configure_pre_processor = staticmethod(pre_processing.configure_pre_processor)
 
     def configure_post_processor(self) -> PostProcessor:
         """Anomalib's, which also finds thresholds from normal images alone."""
@@ -292,13 +273,12 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if self._out_of_bag is not None:
             self._out_of_bag.start_epoch()
 
-    def training_step(self, batch: ImageBatch | IndexedBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def training_step(self, batch: ImageBatch | IndexedBatch) -> STEP_OUTPUT:
         """Attract each patch to its nearest centres, and repel it from the hard negatives behind them.
 
         Raises:
             ValueError: If the loss is not finite.
         """
-        del args, kwargs
         assert self._features is not None
         pyramid = self._features.pyramid(batch)
         terms = torch.zeros(2, device=self.device)
@@ -361,9 +341,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if self._out_of_bag is not None and self.trainer.is_global_zero:
             log_worst(self.worst_fitting)
 
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
         """Predict a batch."""
-        del args, kwargs
         updated: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
         return updated
 
@@ -380,6 +359,4 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Warn where labels would mean nothing."""
         warn_without_threshold(self.post_processor)
 
-    def on_predict_start(self) -> None:
-        """Warn where labels would mean nothing."""
-        warn_without_threshold(self.post_processor)
+    on_predict_start = on_test_start

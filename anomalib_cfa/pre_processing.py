@@ -9,11 +9,11 @@ import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms import v2
 
-from anomalib_cfa.features.backbones import Backbone
+from anomalib_cfa.features.backbones import Backbone, find_backbone
+from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
 from anomalib_cfa.resize import ExportableResize
 
 logger = logging.getLogger(__name__)
@@ -42,20 +42,15 @@ def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
     Returns:
         The copy, or None for None.
     """
-    if transform is None:
-        return None
-    return _exportable(copy.deepcopy(transform))
-
-
-def _exportable(transform: v2.Transform) -> v2.Transform:
-    if isinstance(transform, v2.Compose):
-        transform.transforms = [_exportable(part) for part in transform.transforms]
-    elif isinstance(transform, v2.CenterCrop | ExportableCenterCrop):
+    if isinstance(transform, v2.CenterCrop | ExportableCenterCrop):
         return SizedCenterCrop(transform.size)
     # A subclass that resizes in its own way has no known weights.
-    elif isinstance(transform, v2.Resize) and type(transform).transform is v2.Resize.transform:
+    if isinstance(transform, v2.Resize) and type(transform).transform is v2.Resize.transform:
         return ExportableResize(transform.size, transform.interpolation, transform.max_size, transform.antialias)
-    return transform
+    exported = copy.deepcopy(transform)
+    if isinstance(exported, v2.Compose):
+        exported.transforms = list(map(exportable_transform, exported.transforms))
+    return exported
 
 
 def make_exportable(pre_processor: nn.Module | None) -> None:
@@ -72,39 +67,40 @@ def make_exportable(pre_processor: nn.Module | None) -> None:
         return
     transform = getattr(pre_processor, "transform", None)
     if transform is None or isinstance(transform, v2.Transform):
-        exported: Any = exportable_transform(transform)
-        pre_processor.export_transform = exported
+        pre_processor.export_transform = exportable_transform(transform)  # type: ignore[assignment]
 
 
 def configure_pre_processor(
-    image_size: int | Sequence[int] = (256, 256),
-    center_crop_size: int | Sequence[int] | None = None,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    image_size: Sequence[int] | int | None = None,
+    center_crop_size: Sequence[int] | int | None = None,
+    backbone: str | None = None,
 ) -> PreProcessor:
-    """A pre-processor that resizes, crops the centre if asked to, and normalizes.
+    """A resize, a centre crop if wanted, and the normalization that the backbone was trained with.
 
     Args:
-        image_size: Height and width to resize to, in pixels, or one integer for both.
-        center_crop_size: Height and width of the centre crop, or one integer for both. Default: no crop.
-        mean: What is subtracted from each channel of an image in [0, 1]. Default: ImageNet's.
-        std: What each channel is divided by after that. Default: ImageNet's.
+        image_size: Height and width to resize to, in pixels, or one number for both. Default: 256 x 256, the paper's.
+        center_crop_size: Height and width to crop to after that; the paper's is 224 x 224. Default: no crop.
+        backbone: The backbone. Default: a ResNet, which takes ImageNet's mean and standard deviation, as most do.
 
     Returns:
         The pre-processor, made exportable.
 
     Raises:
-        ValueError: If a size is not one or two positive integers, or the crop is larger than the image.
+        ValueError: If a size is not one or two positive integers, the crop is larger than the image, or there is no
+            such backbone.
     """
-    height, width = _pair("image_size", image_size)
+    image_size, center_crop_size = map(plain_list, (image_size, center_crop_size))
+    check_hyperparameters(image_size=image_size, center_crop_size=center_crop_size)
+    height, width = _pair(256 if image_size is None else image_size)
     transforms: list[v2.Transform] = [v2.Resize((height, width), antialias=True)]
     if center_crop_size is not None:
-        crop_height, crop_width = _pair("center_crop_size", center_crop_size)
+        crop_height, crop_width = _pair(center_crop_size)
         if crop_height > height or crop_width > width:
-            msg = f"center_crop_size must fit into image_size, but is {center_crop_size!r} for {image_size!r}"
+            msg = f"center_crop_size must fit into image_size, but is {center_crop_size!r} for {[height, width]}"
             raise ValueError(msg)
         transforms.append(v2.CenterCrop((crop_height, crop_width)))
-    transforms.append(v2.Normalize(mean=list(mean), std=list(std)))
+    found = find_backbone("resnet18" if backbone is None else backbone)
+    transforms.append(v2.Normalize(mean=list(found.mean), std=list(found.std)))
     pre_processor = PreProcessor(v2.Compose(transforms))
     make_exportable(pre_processor)
     return pre_processor
@@ -131,12 +127,8 @@ def _agree(normalize: v2.Normalize, backbone: Backbone) -> bool:
     return len(ours) == len(theirs) and all(abs(a - b) < _SAME for a, b in zip(ours, theirs, strict=True))
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
-        msg = f"{name} must be a positive integer or a pair of them (height, width), but is {value!r}"
-        raise ValueError(msg)
-    return pair[0], pair[1]
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 _DETERMINISTIC_TRANSFORMS = frozenset(

@@ -80,12 +80,7 @@ class CfaModel(nn.Module):
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
         """Build the memory bank and calibrate the score, for a model that is used without training.
 
-        Args:
-            pyramids: As for :meth:`build`.
-            processes: As for :meth:`build`.
-
-        Raises:
-            ValueError: As :meth:`build`.
+        Arguments and errors are those of :meth:`build`.
         """
         self.build(pyramids, processes)
         self.calibrate_all(pyramids, processes)
@@ -126,11 +121,9 @@ class CfaModel(nn.Module):
 
     @torch.no_grad()
     def calibrate_all(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
-        """Calibrate the score with the descriptor as it is; an epoch of training does so on its way.
+        """Calibrate the score with the descriptor as it is, which an epoch of training does on its way.
 
-        Args:
-            pyramids: As for :meth:`build`.
-            processes: As for :meth:`build`.
+        Arguments are those of :meth:`build`.
         """
         processes = processes or Processes()
         self.calibration.restart()

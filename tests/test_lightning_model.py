@@ -284,7 +284,9 @@ def test_too_few_centers_for_the_targets_is_refused_at_the_first_batch(rendered_
         engine(tmp_path).fit(tiny_cfa(gamma_c=16), datamodule=mvtec(rendered_mvtec))
 
 
-def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
+# A resize of the shorter side alone leaves them as different as they were.
+@pytest.mark.parametrize("resize", [[], [v2.Resize(64)]], ids=["none", "shorter side"])
+def test_images_of_different_sizes_without_a_resize_to_one_are_refused(tmp_path, resize):
     from PIL import Image
 
     for folder in ("good", "bad"):
@@ -292,7 +294,8 @@ def test_images_of_different_sizes_without_a_resize_are_refused(tmp_path):
         for number, size in enumerate([(64, 64), (80, 64), (64, 64), (64, 64)]):
             Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
     datamodule = Folder("sizes", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
-    model = tiny_cfa(pre_processor=PreProcessor(v2.Normalize([0.5] * 3, [0.5] * 3)), image_size=None)
+    transform = v2.Compose([*resize, v2.Normalize([0.5] * 3, [0.5] * 3)])
+    model = tiny_cfa(pre_processor=PreProcessor(transform), image_size=None)
     with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
 

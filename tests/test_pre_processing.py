@@ -119,11 +119,9 @@ def test_configure_defaults_to_the_papers_size_with_imagenets_statistics() -> No
     torch.testing.assert_close(transformed[:, 0, 0], torch.tensor([-2.1179, -2.0357, -1.8044]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, True, "64", (64,), (64, 64, 3), (64, 0), (64, 2.5), None])
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "64", (64,), (64, 64, 3), (64, 0), (64, 2.5)])
 @pytest.mark.parametrize("name", ["image_size", "center_crop_size"])
 def test_configure_names_a_wrong_size(name: str, size: Any) -> None:
-    if name == "center_crop_size" and size is None:
-        pytest.skip("None is no crop")
     with pytest.raises(ValueError, match=rf"^{name} must be .*, but is "):
         configure_pre_processor(**{name: size})
 
@@ -172,9 +170,14 @@ def test_a_users_own_normalization_is_left_alone_with_a_warning(caplog: pytest.L
     Cfa(
         "test_resnet.r160_in1k",
         pre_trained=False,
-        pre_processor=configure_pre_processor(64, None, [0.5] * 3, [0.5] * 3),
+        pre_processor=configure_pre_processor(64, None, "test_resnet.r160_in1k"),
     )
     assert "were trained with" not in caplog.text
+
+
+def test_a_backbone_of_one_size_takes_a_pre_processor_that_does_not_tell_its_size():
+    model = Cfa("test_vit.r160_in1k", pre_trained=False, visualizer=False, pre_processor=nn.Identity())
+    assert len(model.model.pyramid(torch.rand(1, 3, 160, 160))) > 0
 
 
 def test_a_size_of_ones_own_is_checked_when_images_come():

@@ -134,23 +134,12 @@ class EmaBank(BankBuilder):
     """The paper's bank: centres of the first image, each pulled towards its nearest neighbour in every further image.
 
     C_0 is K-means over the first image's T descriptors (the descriptors themselves where gamma_c is 1); for image i
-    every centre moves to (1 - beta) c + beta c_nn (paper, section III-B).
+    every centre moves to (1 - beta) c + beta c_nn (paper, section III-B), with a beta of 1 / i, which weighs all images
+    alike.
 
     Several processes start from the first process's C_0, and their centres are averaged, weighted by the images that
-    each took in. With beta = 1/i, for which an EMA is an equal-weight mean, that loses nothing but the order.
-
-    Args:
-        gamma_c: By how much the T patches of an image are compressed. None: not at all.
-        seed: Governs K-means.
-        processes: Those that share the images.
-        beta: Weight of the newest image. None: 1/i, which weighs all images alike.
+    each took in. As all weigh alike, that loses nothing but the order.
     """
-
-    def __init__(
-        self, gamma_c: float | None, seed: int, processes: Processes | None = None, beta: float | None = None
-    ) -> None:
-        super().__init__(gamma_c, seed, processes)
-        self.beta = beta
 
     def _update(self, descriptors: Tensor) -> None:
         for image in descriptors.flatten(1, 2).float():
@@ -162,7 +151,7 @@ class EmaBank(BankBuilder):
             if not (starts and self.processes.rank == 0):
                 nearest = CenterIndex(image, "exact")(self.state[None, None], k=1)[1].flatten()
                 # Weight 1 / 1 for the first image here, if the start was another process's: it counts only there.
-                self.state = torch.lerp(self.state, image[nearest], self.beta or 1 / (self.count + 1))
+                self.state = torch.lerp(self.state, image[nearest], 1 / (self.count + 1))
             self.count += 1
 
     def centers(self) -> tuple[Tensor, Tensor | None]:

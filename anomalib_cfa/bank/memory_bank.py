@@ -81,8 +81,7 @@ class MemoryBank(DynamicBufferMixin):
 
     def clear(self) -> None:
         """Forget the centres."""
-        self.centers = self.centers.new_empty(0, 0)
-        self.sources = self.sources.new_empty(0, 3)
+        self.assign(self.centers.new_empty(0, 0))
 
     def nearest(self, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Find and measure the k nearest centres, by the rule of :class:`CenterIndex`.

@@ -189,16 +189,7 @@ def _principal_directions(centered: Tensor) -> Tensor:
 
 
 def _part(vectors: Tensor, chosen: Tensor, groups: int) -> list[Tensor]:
-    """Part vectors into groups of neighbours by cutting them across their principal direction, again and again.
-
-    Args:
-        vectors: Of shape (N, d).
-        chosen: Indices of those to part.
-        groups: How many groups, of about the same size.
-
-    Returns:
-        The indices of each group.
-    """
+    """Part the chosen vectors into groups of neighbours of about one size: indices, by cuts across what varies most."""
     if groups == 1:
         return [chosen]
     members = vectors[chosen]

@@ -24,7 +24,7 @@ class RotatedMVTecAD(MVTecAD):
     image figures are of other draws.
 
     The model's own size should be the crop's, ``Cfa(image_size=224)``, for it resizes what it is given. With
-    ``val_split_mode="synthetic"`` the synthetic validation images are drawn anew each time too.
+    ``val_split_mode="synthetic"`` or ``"from_train"`` validation images are drawn anew each time, too.
 
     Args:
         root: Folder of MVTec AD.

@@ -161,16 +161,9 @@ def _resize_in_strips(image: Any, rows: Any, columns: Any, shape: list[int]) -> 
 
 
 def _axis_weights(size: Any, padded: Any, new_size: int) -> Any:  # noqa: ANN401
-    """What :func:`anomalib_cfa.resize.resize_weights` gives for a bilinear anti-aliased resize, as part of a graph.
+    """The weights of :func:`anomalib_cfa.resize.resize_weights` as a part of a graph, zero for what pads the pixels.
 
-    Args:
-        size: Pixels along the axis.
-        padded: The same, and the zeros behind them.
-        new_size: Pixels wanted.
-
-    Returns:
-        Weights of shape (1, 1, new_size, padded), zero for what is behind the pixels. Factors of other ranks would cost
-        a product its float32.
+    Of shape (1, 1, new_size, padded): factors of other ranks would cost a product its float32.
     """
     from openvino import opset13  # noqa: PLC0415 - optional
 

@@ -32,13 +32,24 @@ def check_compression(
     """Check what a compression needs, before any work starts.
 
     Raises:
-        ValueError: If the data module is missing, or ``max_drop`` is out of its range.
+        ValueError: If the data module is missing or has too few images, or ``max_drop`` is out of its range.
     """
-    if compression_type in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
-        msg = f"datamodule must be given for compression_type {compression_type!r}, which calibrates on its images"
-        raise ValueError(msg)
     if not 0 <= max_drop <= 1:
         msg = f"max_drop must be between 0 and 1, but is {max_drop!r}"
+        raise ValueError(msg)
+    if compression_type not in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}:
+        return
+    if datamodule is None:
+        msg = f"datamodule must be given for compression_type {compression_type!r}, which calibrates on its images"
+        raise ValueError(msg)
+    if not hasattr(datamodule, "train_data"):
+        datamodule.setup("fit")
+    fewest = 2 if compression_type == CompressionType.INT8_ACQ else 1  # one to calibrate on, and one to judge by
+    if len(datamodule.train_data) < fewest:
+        msg = (
+            f"datamodule must hold at least {fewest} training images for compression_type {compression_type!r}, but "
+            f"holds {len(datamodule.train_data)}"
+        )
         raise ValueError(msg)
 
 
@@ -75,8 +86,6 @@ def compress(
         return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(names=names, validate=False))
 
     assert datamodule is not None
-    if not hasattr(datamodule, "train_data"):
-        datamodule.setup("fit")
     shape = model.input(0).get_partial_shape()
     normal = _without_augmentations(datamodule.train_data)
     transformer = any(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -156,17 +157,10 @@ def _create(name: str, image_size: tuple[int, int] | None, **options: Any) -> nn
         # The getter gives channels-first maps whatever the model's own layout, and drops what lies deeper.
         attempts = [{**attempt, "feature_cls": "getter"} for attempt in attempts] + attempts
     try:
-        return _create_with_first_of(attempts, name, options)
+        for attempt in attempts[:-1]:
+            with suppress(TypeError):  # of an option that this model does not take
+                return timm.create_model(name, **attempt, **options)
+        return timm.create_model(name, **attempts[-1], **options)
     except (AssertionError, RuntimeError) as error:
         msg = f"backbone {name!r} cannot be built for image_size = {image_size}: {error or type(error).__name__}"
         raise ValueError(msg) from error
-
-
-def _create_with_first_of(attempts: list[dict[str, Any]], name: str, options: dict[str, Any]) -> nn.Module:
-    first, *others = attempts
-    try:
-        return timm.create_model(name, **first, **options)
-    except TypeError:  # an option that this model does not take
-        if not others:
-            raise
-        return _create_with_first_of(others, name, options)

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.features.network import build_network, map_shapes
 from anomalib_cfa.features.weights import assign_weights, hub_options, read_weights, unreachable
+from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
 
 if TYPE_CHECKING:
     from timm.models import FeatureInfo
@@ -77,9 +78,7 @@ class PatchFeatures(nn.Module):
         if pre_trained and weights_path is None and not found.has_weights:
             msg = f"backbone {backbone!r} has no pre-trained weights: give weights_path, or set pre_trained to False"
             raise ValueError(msg)
-        if layers is not None and not _are_different_names(layers):
-            msg = f"layers must be a list of different names of layers, but is {layers!r}"
-            raise ValueError(msg)
+        check_hyperparameters(layers=plain_list(layers))
 
         self.weights_tag = found.name
         self.width_multiplier = found.width_multiplier
@@ -191,9 +190,3 @@ class PatchFeatures(nn.Module):
             level = F.avg_pool2d(level, kernel_size=3, stride=1, padding=1)
             pyramid.append(level / channels if self.divide_by_channels else level)
         return pyramid
-
-
-def _are_different_names(layers: object) -> bool:
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-        return False
-    return all(isinstance(layer, str) for layer in layers) and len(set(layers)) == len(layers)

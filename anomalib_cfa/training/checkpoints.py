@@ -15,18 +15,6 @@ _SIZES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def drop_old_tensors(checkpoint: dict[str, Any]) -> None:
-    """Drop from a checkpoint what 0.1.0 saved and later versions compute: the anomaly map's Gaussian.
-
-    Args:
-        checkpoint: The loaded checkpoint, changed in place.
-    """
-    state = checkpoint.get("state_dict")
-    if isinstance(state, dict):
-        for name in [name for name in state if str(name).startswith("model.anomaly_map_generator.blur.")]:
-            del state[name]
-
-
 def check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
     """Check that a checkpoint was written by this package's Cfa, and is whole.
 
@@ -53,7 +41,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
         msg = "The checkpoint must hold hyper_parameters by name, but they are of another type: it is damaged"
         raise ValueError(msg)  # noqa: TRY004
     _check_values(state)
-    if _is_built(state):
+    if state["model.memory_bank.centers"].numel():
         _check_sizes(state)
 
 
@@ -70,10 +58,6 @@ def _check_values(state: Mapping[str, Any]) -> None:
     if not state.get("model.calibration.deviation", torch.ones(1)).gt(0).all():
         msg = "The checkpoint must hold deviations above 0, but some in model.calibration.deviation are not"
         raise ValueError(msg)
-
-
-def _is_built(state: Mapping[str, Any]) -> bool:
-    return bool(state["model.memory_bank.centers"].numel())
 
 
 def _check_sizes(state: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from torch.utils.data import DataLoader
 
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.checks import check_batch
-from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch, IndexedDataset
+from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
 from anomalib_cfa.training.loaders import (
     check_images,
     feature_store,
+    images_of,
     renew_if_treated_otherwise,
     training_loader,
 )
 from anomalib_cfa.training.shards import bank_images, shard_loader
 
 
+@dataclass
 class _Replaced:
     """Stands in for a data module's ``train_dataloader`` during a fit.
 
@@ -32,12 +35,10 @@ class _Replaced:
         call: What gives the loader meanwhile.
     """
 
-    def __init__(self, own: Callable[[], DataLoader[Any]] | None) -> None:
-        self.own = own
-        self.call: Callable[[], DataLoader[Any]] | None = None
+    own: Callable[[], DataLoader[Any]] | None
+    call: Callable[[], DataLoader[Any]]
 
     def __call__(self) -> DataLoader[Any]:
-        assert self.call is not None
         return self.call()
 
 
@@ -67,8 +68,8 @@ class TrainingFeatures:
         if isinstance(self.datamodule, AnomalibDataModule):
             # What an interrupted fit left is put back first.
             TrainingFeatures.give_back(self.datamodule)
-            replaced = _Replaced(vars(self.datamodule).get("train_dataloader"))
-            replaced.call = partial(self._training_loader, self.datamodule.train_dataloader)
+            own = vars(self.datamodule).get("train_dataloader")
+            replaced = _Replaced(own, partial(self._training_loader, self.datamodule.train_dataloader))
             vars(self.datamodule)["train_dataloader"] = replaced
 
     def detach(self) -> None:
@@ -95,8 +96,7 @@ class TrainingFeatures:
     def paths(self) -> list[str]:
         """Paths of the images that the memory bank is made of, in their order; none if the data set does not tell."""
         places = self._places()
-        loader: Any = self.module.trainer.train_dataloader
-        dataset = loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
+        dataset = images_of(self.module.trainer.train_dataloader)
         if not isinstance(dataset, AnomalibDataset):
             return []
         paths = list(dataset.samples.image_path)

@@ -4,9 +4,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -84,10 +83,6 @@ class FeatureStore:
         """Whether the features of all images are kept."""
         return bool(self.signatures.all())
 
-    def clear(self) -> None:
-        """Forget all features."""
-        self.signatures.zero_()
-
     def put(self, index: Tensor, signature: Tensor, pyramid: Sequence[Tensor]) -> None:
         """Keep the pyramids, of shape (B, C_l, h_l, w_l), of the images at ``index``; too large a value is not kept."""
         maps = [features.permute(0, 2, 3, 1).to("cpu", torch.float16) for features in pyramid]
@@ -160,24 +155,19 @@ class IndexedDataset(Dataset[Any]):
         kept = signature == int(self.signatures[index])
         return index, signature, None if kept else self.dataset[index]
 
-    @property
-    def collate_fn(self) -> Callable[[Sequence[Item]], IndexedBatch]:
-        """Makes a batch of items."""
-        return partial(_collate, self.paths)
-
-
-def _collate(paths: Sequence[str], items: Sequence[Item]) -> IndexedBatch:
-    index, signature, images = zip(*items, strict=True)
-    read: Any = [image for image in images if image is not None]
-    stacked: Any = ImageBatch.collate(read) if read else None
-    return IndexedBatch(
-        image_path=[str(paths[place]) for place in index],
-        gt_label=torch.zeros(len(index), dtype=torch.bool),
-        index=torch.tensor(index),
-        signature=torch.tensor(signature),
-        missing=torch.tensor([image is not None for image in images]),
-        image=stacked.image if stacked is not None else None,
-    )
+    def collate_fn(self, items: Sequence[Item]) -> IndexedBatch:
+        """Make a batch of items."""
+        index, signature, images = zip(*items, strict=True)
+        read: Any = [image for image in images if image is not None]
+        stacked: Any = ImageBatch.collate(read) if read else None
+        return IndexedBatch(
+            image_path=[str(self.paths[place]) for place in index],
+            gt_label=torch.zeros(len(index), dtype=torch.bool),
+            index=torch.tensor(index),
+            signature=torch.tensor(signature),
+            missing=torch.tensor([image is not None for image in images]),
+            image=stacked.image if stacked is not None else None,
+        )
 
 
 def file_signature(path: str | os.PathLike[str]) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 
 from anomalib.data import AnomalibDataset
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
+from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import Transform
 
 from anomalib_cfa.pre_processing import find_random_part
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedDataset
@@ -21,10 +23,20 @@ from anomalib_cfa.training.shards import shuffles_all
 
 logger = logging.getLogger(__name__)
 
-_CLIPPED_MODES = (
-    "I",
-    "F",
-)  # of 16 and 32 bits; conversion to RGB, as anomalib's reader does it, makes 255 of all above
+# Of 16 and 32 bits; conversion to RGB, as anomalib's reader does it, makes 255 of all above.
+_CLIPPED_MODES = ("I", "F")
+# What a rebuilt loader has of the data module's.
+_KEPT = (
+    "batch_size",
+    "num_workers",
+    "pin_memory",
+    "drop_last",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
 
 
 def training_loader(
@@ -54,20 +66,9 @@ def training_loader(
         if shuffles
         else loader.sampler
     )
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn if store is None else dataset.collate_fn,  # type: ignore[attr-defined]
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    collate: Any = loader.collate_fn if store is None else dataset.collate_fn  # type: ignore[attr-defined]
+    kept = {name: getattr(loader, name) for name in _KEPT}
+    return DataLoader(dataset, sampler=sampler, collate_fn=collate, **kept)
 
 
 def feature_store(
@@ -98,23 +99,23 @@ def renew_if_treated_otherwise(store: FeatureStore, loader: DataLoader[Any], pre
         logger.info(
             "The training images' transforms have changed; their features are %skept", "not " if reason else "newly "
         )
-        store.clear()
+        store.signatures.zero_()
         store.enabled = reason is None
         store.treatment = treatment
 
 
 def _treatment(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str:
-    return repr((_images(loader).augmentations, getattr(pre_processor, "transform", None)))
+    return repr((images_of(loader).augmentations, getattr(pre_processor, "transform", None)))
 
 
-def _images(loader: DataLoader[Any]) -> Any:  # noqa: ANN401
+def images_of(loader: Any) -> Any:  # noqa: ANN401
     """The data set of a loader, without the wrapper that knows which features are kept."""
     return loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
 
 
 def _may_differ(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str | None:
     """Why the same image could lead to other features in another epoch, or None. No transform says so of itself."""
-    dataset = _images(loader)
+    dataset = images_of(loader)
     if not isinstance(dataset, AnomalibDataset) or type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
         return f"{type(dataset).__name__} reads images in a way of its own"
     if not isinstance(loader.dataset, IndexedDataset) and loader.collate_fn != dataset.collate_fn:
@@ -147,8 +148,8 @@ def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> No
     if dataset.has_anomalous:
         msg = f"The training data must hold normal images only, but {type(dataset).__name__} has anomalous ones"
         raise ValueError(msg)
-    resizes = _resizes(dataset.augmentations) or _resizes(getattr(pre_processor, "transform", None))
-    _check_files(dataset.samples.image_path, of_any_size=resizes)
+    transforms = (dataset.augmentations, getattr(pre_processor, "transform", None))
+    _check_files(dataset.samples.image_path, of_any_size=any(map(_gives_one_size, transforms)))
 
 
 def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
@@ -172,7 +173,10 @@ def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
             raise ValueError(msg)
 
 
-def _resizes(transform: Transform | None) -> bool:
-    if isinstance(transform, Compose):
-        return any(_resizes(part) for part in transform.transforms)
-    return isinstance(transform, Resize)
+def _gives_one_size(transform: Transform | None) -> bool:
+    """Whether images of any size come out in one. A resize of the shorter side alone keeps the images' proportions."""
+    if isinstance(transform, v2.Compose):
+        return any(map(_gives_one_size, transform.transforms))
+    if isinstance(transform, v2.Resize):
+        return transform.size is not None and len(transform.size) == 2
+    return isinstance(transform, v2.CenterCrop | v2.RandomCrop | v2.RandomResizedCrop | ExportableCenterCrop)

@@ -8,10 +8,6 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclass(frozen=True)
 class Processes:
     """By default a single process.
@@ -25,8 +21,8 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    sum: Callable[[Tensor], Tensor] = _unchanged
-    broadcast: Callable[[Tensor], Tensor] = _unchanged
+    sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    broadcast: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @classmethod
     def of(cls, strategy: Strategy) -> "Processes":

@@ -13,7 +13,7 @@ from torch import nn
 
 from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
 from anomalib_cfa.pre_processing import make_exportable
-from anomalib_cfa.training.checkpoints import check_checkpoint, drop_old_tensors
+from anomalib_cfa.training.checkpoints import check_checkpoint
 from anomalib_cfa.training.saved_arguments import (
     COMPONENTS,
     check_layers,
@@ -39,6 +39,7 @@ class CfaCheckpoints(AnomalibModule):
     """
 
     _given: dict[str, Any]
+    loss: Any
     model: Any
     training_images: list[str]
     worst_fitting: WorstFitting
@@ -63,7 +64,8 @@ class CfaCheckpoints(AnomalibModule):
             ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
         """
         check_checkpoint(checkpoint)
-        drop_old_tensors(checkpoint)
+        # What 0.1.0 saved of the anomaly map's Gaussian, and later versions compute.
+        _replace_state(checkpoint["state_dict"], {}, ("model.anomaly_map_generator.blur.",))
         trainer: Trainer | None = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         arguments = merge(saved_arguments(checkpoint), self._given, fitting=fitting)
@@ -157,6 +159,8 @@ class CfaCheckpoints(AnomalibModule):
             restored = {"hyper_parameters": self.hparams, "anomalib_pre_processor_config": config}
             check_pre_processing(restored, self.configure_pre_processor(**sizes), sizes)
         self.hparams.update(arguments)
+        # What else may change is read where it is needed; of these the parts have copies.
+        self.loss.alpha, self.model.seed = arguments["alpha"], arguments["seed"]
 
     def _build(self) -> None:
         """Build the network and the loss from the hyper-parameters."""

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -20,8 +20,6 @@ _OF_THE_OPTIMIZER = frozenset({"lr", "weight_decay"})
 # The network and the pre-processor tell what these come to, see `check_layers` and `check_pre_processing`.
 _CHECKED_LATER = frozenset({"layers", "image_size", "center_crop_size"})
 _PRE_PROCESSING = ("pre_processor", "image_size", "center_crop_size")
-# Two names of one value.
-_SAME: dict[str, Callable[[Any], Any]] = {"backbone": lambda name: find_backbone(name).name}
 
 
 def given_arguments(arguments: Mapping[str, Any], model: type) -> dict[str, Any]:
@@ -58,8 +56,10 @@ def merge(saved: Mapping[str, Any], given: Mapping[str, Any], *, fitting: bool) 
     """
     changeable = _CHANGEABLE if fitting else _CHANGEABLE | _OF_THE_OPTIMIZER
     for name in saved.keys() & given.keys() - changeable - _CHECKED_LATER:
-        same = _SAME.get(name, lambda value: value)
-        if same(saved[name]) != same(given[name]):
+        pair = saved[name], given[name]
+        if name == "backbone":  # which may have two names
+            pair = find_backbone(pair[0]).name, find_backbone(pair[1]).name
+        if pair[0] != pair[1]:
             raise _contradiction(name, saved[name], given[name])
     free = {name for name in given if name in RULES and (name in changeable or name not in saved)}
     merged = {**saved, **{name: given[name] for name in free - {*COMPONENTS}}}

@@ -32,14 +32,6 @@ def test_ema_bank_follows_the_paper(gamma_c):
     torch.testing.assert_close(build(EmaBank(gamma_c, 0), images(5), 2), centers)
 
 
-def test_beta_weighs_the_newest_image():
-    descriptors = images(3).flatten(1, 2)
-    centers = descriptors[0]
-    for image in descriptors[1:]:
-        centers = 0.7 * centers + 0.3 * image[torch.cdist(centers, image).argmin(dim=1)]
-    torch.testing.assert_close(build(EmaBank(1, 0, beta=0.3), images(3)), centers)
-
-
 @pytest.mark.parametrize("kind", [KMeansBank, MeanBank, EmaBank])
 @pytest.mark.parametrize("gamma_c", [1, 2, 3])
 @pytest.mark.parametrize("count", [2, 9])

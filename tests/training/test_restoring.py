@@ -14,7 +14,7 @@ import yaml
 from anomalib.data import MVTecAD
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from exporting import assert_agree, predict, run_onnx, run_openvino
+from exporting import assert_agree, predict, run_openvino
 from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
@@ -65,14 +65,12 @@ def test_a_model_of_which_nothing_is_named_becomes_the_trained_one(trained, rend
     assert re.search(r"From the checkpoint: backbone 'test_resnet.r160_in1k', .*image_size 96", caplog.text)
 
 
-@pytest.mark.parametrize("export_type", ["onnx", "openvino"])
-def test_an_export_needs_nothing_but_the_checkpoint(trained, tmp_path, export_type):
-    pytest.importorskip("onnxruntime" if export_type == "onnx" else "openvino")
+def test_an_export_needs_nothing_but_the_checkpoint(trained, tmp_path):
+    pytest.importorskip("openvino")
     model, path = trained
-    exported = engine(tmp_path).export(Cfa(**NOTHING), export_type, export_root=tmp_path, ckpt_path=path)
+    exported = engine(tmp_path).export(Cfa(**NOTHING), "openvino", export_root=tmp_path, ckpt_path=path)
     image = noise(1, 90, 75)
-    run = run_onnx if export_type == "onnx" else run_openvino
-    assert_agree(run(exported, image), predict(model.eval(), image))
+    assert_agree(run_openvino(exported, image), predict(model.eval(), image))
 
 
 def test_test_and_validation_of_it_give_the_same_metrics(trained, rendered_mvtec, tmp_path):
@@ -175,8 +173,9 @@ def test_a_component_that_the_model_was_trained_without_does_not_run(rendered_mv
 
 
 def test_what_may_change_changes_in_load_from_checkpoint(trained):
-    restored = Cfa.load_from_checkpoint(trained[1], feature_budget=0.25, image_size=[96, 96])
+    restored = Cfa.load_from_checkpoint(trained[1], feature_budget=0.25, image_size=[96, 96], alpha=0.3, seed=5)
     assert restored.hparams["feature_budget"] == 0.25
+    assert (restored.loss.alpha, restored.model.seed) == (0.3, 5)
     with pytest.raises(ValueError, match=r"^feature_budget must be a number of GiB"):
         Cfa.load_from_checkpoint(trained[1], feature_budget=-1)
 
