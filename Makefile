@@ -29,9 +29,9 @@ lint: $(stamp)
 types: $(stamp)
 	$(bin)/mypy
 
-# A process for each core, with a thread each; a file's tests stay together, as they share what is costly to make.
+# A process for each core, with a thread each; who has nothing left takes over from the others.
 pytest: $(stamp)
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
 soak: $(stamp)
 	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s \

@@ -1,4 +1,4 @@
-import os
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,31 @@ pytest.importorskip("onnxruntime")
 IMAGE_SIZES = [(32, 48), (64, 96), (128, 192), (256, 384), (77, 301)]  # 0.5, 1, 2 and 4 times the model's, and odd
 
 
+# An export is most of the work here: the same model is exported once to each format, for all tests.
 @pytest.fixture(scope="module")
 def model() -> Cfa:
-    return fitted(tiny())
+    """A model whose bank is searched in two levels; smaller ones are ranked whole."""
+    model = fitted(tiny(), images=28)
+    assert model.model.memory_bank.index.has_two_levels
+    return model
+
+
+@pytest.fixture(scope="module")
+def exporters_log() -> list[logging.LogRecord]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def onnx_path(model, exporters_log, tmp_path_factory) -> Path:
+    root, handler = logging.getLogger(), logging.Handler()
+    handler.emit, level = exporters_log.append, root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        return model.to_onnx(tmp_path_factory.mktemp("onnx"))
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +59,19 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_the_exporters_own_log_does_not_bury_the_result(tmp_path, caplog):
-    caplog.set_level("INFO")
-    fitted(tiny()).to_onnx(tmp_path)
-    assert not [record for record in caplog.records if record.name.startswith("onnx") and record.levelname == "INFO"]
+def test_onnx_is_one_file(onnx_path):
+    assert list(_files(onnx_path.parents[2])) == ["weights/onnx/model.onnx"]
 
 
-def test_onnx_agrees_for_images_of_any_size_and_number(model, tmp_path):
-    path = model.to_onnx(tmp_path)
-    assert path == tmp_path / "weights" / "onnx" / "model.onnx"
-    assert list(_files(tmp_path)) == ["weights/onnx/model.onnx"]
+def test_the_exporters_own_log_does_not_bury_the_result(onnx_path, exporters_log):
+    assert not [record.getMessage() for record in exporters_log if record.name.startswith("onnx")]
+
+
+def test_onnx_agrees_for_images_of_any_size_and_number(model, onnx_path):
     for size in IMAGE_SIZES:
         for batch in (1, 3):
             image = torch.rand(batch, 3, *size)
-            assert_agree(run_onnx(path, image), predict(model, image))
+            assert_agree(run_onnx(onnx_path, image), predict(model, image))
 
 
 def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path):
@@ -60,35 +81,12 @@ def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path)
             assert_agree(run_openvino(openvino_path, image), predict(model, image))
 
 
-@pytest.fixture
-def searched_in_two_levels() -> Cfa:
-    model = fitted(tiny())
-    network = model.model
-    with torch.no_grad():
-        described = network.describe(network.pyramid(torch.rand(64, 3, 64, 96))).flatten(0, 2)
-    network.assign_bank(described[torch.randperm(len(described))[:1300]])
-    network.calibration.mean.uniform_(0, 0.1)
-    network.calibration.deviation.uniform_(0.1, 0.2)
-    assert network.memory_bank.index.has_two_levels
-    return model
-
-
-def test_a_bank_that_is_searched_in_two_levels_agrees(searched_in_two_levels, tmp_path):
-    model = searched_in_two_levels
-    onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
-    for size, batch in ((IMAGE_SIZES[0], 1), (IMAGE_SIZES[1], 3)):
-        image = torch.rand(batch, 3, *size)
-        expected = predict(model, image)
-        assert_agree(run_onnx(onnx_path, image), expected)
-        assert_agree(run_openvino(openvino_path, image), expected)
-
-
-def test_openvino_computes_nothing_but_ones_in_bfloat16(searched_in_two_levels, tmp_path, monkeypatch):
+def test_openvino_computes_nothing_but_ones_in_bfloat16(model, tmp_path, monkeypatch):
     """Of the loop's body, as what a loop holds cannot be looked into once it is compiled."""
     import openvino
 
     monkeypatch.setattr("anomalib_cfa.export.mixin.one_image_of_any_size_at_a_time", lambda model: model)
-    path = searched_in_two_levels.to_openvino(tmp_path)
+    path = model.to_openvino(tmp_path)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     low = []
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -100,12 +98,10 @@ def test_openvino_computes_nothing_but_ones_in_bfloat16(searched_in_two_levels, 
 
 def test_both_views_are_exported(tmp_path):
     model = fitted(tiny(center_view=True))
-    onnx_path, openvino_path = model.to_onnx(tmp_path), model.to_openvino(tmp_path)
+    path = model.to_openvino(tmp_path)
     for size in IMAGE_SIZES:
         image = torch.rand(2, 3, *size)
-        expected = predict(model, image)
-        assert_agree(run_onnx(onnx_path, image), expected)
-        assert_agree(run_openvino(openvino_path, image), expected)
+        assert_agree(run_openvino(path, image), predict(model, image))
     network, image = model.model.eval(), torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         both = network(image).anomaly_map
@@ -122,18 +118,30 @@ def test_both_views_are_exported_without_a_resize(tmp_path):
 
 def test_fixed_input_size(model, tmp_path):
     image = torch.rand(2, 3, 100, 75)
-    expected = predict(model, image)
-    assert_agree(run_onnx(model.to_onnx(tmp_path, input_size=(100, 75)), image), expected)
-    assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(100, 75)), image), expected)
+    assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(100, 75)), image), predict(model, image))
 
 
 def test_centre_crop_and_a_pre_processor_of_ones_own(tmp_path):
     transform = v2.Compose([v2.Resize((80, 112)), v2.CenterCrop((64, 96)), v2.Normalize([0.5] * 3, [0.25] * 3)])
     model = fitted(tiny(pre_processor=PreProcessor(transform), image_size=None))
     image = torch.rand(1, 3, 200, 150)
-    expected = predict(model, image)
-    assert_agree(run_onnx(model.to_onnx(tmp_path), image), expected)
-    assert_agree(run_openvino(model.to_openvino(tmp_path), image), expected)
+    assert_agree(run_openvino(model.to_openvino(tmp_path), image), predict(model, image))
+
+
+@pytest.fixture(scope="module")
+def unclamped() -> Cfa:
+    """The same model, but that its normalized scores are not clamped, whatever the precision makes of them."""
+    model = fitted(tiny(), images=28)
+    model.post_processor.pixel_max.add_(1000)
+    return model
+
+
+def assert_smaller_and_alike(path: Path, whole: Path, model: Cfa) -> None:
+    """Of a compressed export: that it is smaller than the whole one, and that its maps are nearly the model's."""
+    assert path.with_suffix(".bin").stat().st_size < whole.with_suffix(".bin").stat().st_size
+    image = torch.rand(2, 3, 100, 130)
+    ours, expected = (output["anomaly_map"].ravel() for output in (run_openvino(path, image), predict(model, image)))
+    assert np.corrcoef(ours, expected)[0, 1] > 0.98
 
 
 def test_openvino_computes_in_float32_where_it_would_not(openvino_path):
@@ -142,10 +150,12 @@ def test_openvino_computes_in_float32_where_it_would_not(openvino_path):
     assert_agree(low, full, tolerance=1e-6)
 
 
-def test_half_precision_leaves_the_backbone_alone_to_openvino(model, tmp_path):
+def test_half_precision_leaves_the_backbone_alone_to_openvino(unclamped, openvino_path, tmp_path):
     import openvino
 
-    read = openvino.Core().read_model(model.to_openvino(tmp_path, compression_type=CompressionType.FP16))
+    path = unclamped.to_openvino(tmp_path, compression_type=CompressionType.FP16)
+    assert_smaller_and_alike(path, openvino_path, unclamped)
+    read = openvino.Core().read_model(path)
     [loop] = [node for node in operations(read) if node.get_type_name() == "TensorIterator"]
     inside = operations(loop.get_function())
     free = {node.get_type_name() for node in inside if "DisablePrecisionConversion_0" not in node.get_rt_info()}
@@ -186,23 +196,20 @@ def test_thresholds_and_normalization_survive(tmp_path):
     model.post_processor.image_min.copy_(raw.min() - between)
     model.post_processor.image_max.copy_(raw.max() + between)
     assert {bool(predict(model, image)["pred_label"][0]) for image in images} == {False, True}
-    path, onnx_path = model.to_openvino(tmp_path), model.to_onnx(tmp_path)
+    path = model.to_openvino(tmp_path)
     for image in images:
-        expected = predict(model, image)
-        for ours in (run_openvino(path, image), run_onnx(onnx_path, image)):
-            assert bool(ours["pred_label"][0]) == bool(expected["pred_label"][0])
-            assert_agree(ours, expected)
+        ours, expected = run_openvino(path, image), predict(model, image)
+        assert bool(ours["pred_label"][0]) == bool(expected["pred_label"][0])
+        assert_agree(ours, expected)
 
 
-def test_exports_leave_no_trace_in_each_other_or_in_the_model(tmp_path):
-    model = fitted(tiny())
+def test_exports_leave_no_trace_in_each_other_or_in_the_model(onnx_path, openvino_path, tmp_path):
+    model = fitted(tiny(), images=28)  # as the one of these paths, which is fresh before each first export
     modes = [module.training for module in model.modules()]
     image = torch.rand(1, 3, 90, 90)
-    exports = [model.to_onnx, model.to_openvino, model.to_torch]
-    first = {export.__name__: export(tmp_path / "first") for export in exports}
-    second = {export.__name__: export(tmp_path / "second") for export in reversed(exports)}
-    np.testing.assert_equal(run_onnx(first["to_onnx"], image), run_onnx(second["to_onnx"], image))
-    np.testing.assert_equal(run_openvino(first["to_openvino"], image), run_openvino(second["to_openvino"], image))
+    again = [export(tmp_path) for export in (model.to_torch, model.to_openvino, model.to_onnx)]
+    np.testing.assert_equal(run_openvino(again[1], image), run_openvino(openvino_path, image))
+    np.testing.assert_equal(run_onnx(again[2], image), run_onnx(onnx_path, image))
     assert [module.training for module in model.modules()] == modes
     loss = sum(model.loss(model.model.targets(model.model.pyramid(torch.rand(1, 3, 64, 96)))[0], model.model.radius))
     loss.backward()
@@ -220,7 +227,15 @@ def test_an_unfitted_model_is_not_exported(export, tmp_path):
 def test_a_file_is_replaced_only_by_a_whole_one(model, export, tmp_path, monkeypatch):
     import openvino
 
-    path = getattr(model, export)(tmp_path)
+    kind, suffixes = {
+        "to_torch": ("torch", [".pt"]),
+        "to_onnx": ("onnx", [".onnx"]),
+        "to_openvino": ("openvino", [".xml", ".bin"]),
+    }[export]
+    folder = tmp_path / "weights" / kind
+    folder.mkdir(parents=True)
+    for suffix in suffixes:
+        (folder / f"model{suffix}").write_text("of an earlier export")
     before = _files(tmp_path)
 
     def broken(*args, **kwargs):
@@ -235,27 +250,21 @@ def test_a_file_is_replaced_only_by_a_whole_one(model, export, tmp_path, monkeyp
         getattr(model, export)(tmp_path)
     assert _files(tmp_path) == before
     monkeypatch.undo()
-    os.utime(path, (0, 0))
-    assert getattr(model, export)(tmp_path) == path
-    assert path.stat().st_mtime > 0
-    assert _files(tmp_path).keys() == before.keys()
+    assert getattr(model, export)(tmp_path) == folder / f"model{suffixes[0]}"
+    after = _files(tmp_path)
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before)
 
 
 def _mvtec(root: Path) -> MVTecAD:
     return MVTecAD(root, category="tile", train_batch_size=2, eval_batch_size=2, num_workers=0)
 
 
-@pytest.mark.parametrize("compression_type", list(CompressionType))
-def test_compressed_models_are_smaller_and_agree(openvino_path, compression_type, rendered_mvtec, tmp_path):
-    if compression_type != CompressionType.FP16:
-        pytest.importorskip("nncf")
-    model = fitted(tiny())
-    model.post_processor.pixel_max.add_(1000)  # no score is clamped
-    path = model.to_openvino(tmp_path, compression_type=compression_type, datamodule=_mvtec(rendered_mvtec))
-    assert path.with_suffix(".bin").stat().st_size < openvino_path.with_suffix(".bin").stat().st_size
-    image = torch.rand(2, 3, 100, 130)
-    ours, expected = run_openvino(path, image), predict(model, image)
-    assert np.corrcoef(ours["anomaly_map"].ravel(), expected["anomaly_map"].ravel())[0, 1] > 0.98
+@pytest.mark.parametrize("compression_type", [CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_compressed_models_are_smaller_and_agree(unclamped, openvino_path, compression_type, rendered_mvtec, tmp_path):
+    pytest.importorskip("nncf")
+    path = unclamped.to_openvino(tmp_path, compression_type=compression_type, datamodule=_mvtec(rendered_mvtec))
+    assert_smaller_and_alike(path, openvino_path, unclamped)
 
 
 @pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
@@ -299,6 +308,14 @@ def test_missing_images_and_wrong_drops_are_named(model, tmp_path):
             model.to_openvino(tmp_path, compression_type=compression_type)
     with pytest.raises(ValueError, match=r"^max_drop must be between 0 and 1, but is 2"):
         model.to_openvino(tmp_path, max_drop=2)
+
+
+def test_accuracy_control_needs_an_image_to_judge_by(model, rendered_mvtec, tmp_path):
+    datamodule = _mvtec(rendered_mvtec)
+    datamodule.setup("fit")
+    datamodule.train_data = datamodule.train_data.subsample([0])
+    with pytest.raises(ValueError, match=r"^datamodule must hold at least 2 training images .*, but holds 1"):
+        model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=datamodule)
 
 
 def test_a_module_of_another_kind_may_pre_process(tmp_path):

@@ -59,7 +59,7 @@ def rezipped(data: bytes, seed: int) -> bytes:
 @pytest.mark.parametrize("how", [mutated, rezipped])
 def test_a_mutated_checkpoint_is_refused_or_scores_finitely(file, how):
     whole, outcomes = CHECKPOINT.read_bytes(), {"refused": 0, "scored": 0}
-    for seed in range(count(quick=60, soak=1000)):
+    for seed in range(count(quick=30, soak=1000)):
         file.write_bytes(how(whole, seed))
         outcomes["scored" if loads_and_scores(file) is None else "refused"] += 1
     assert outcomes["refused"] > 0
@@ -94,7 +94,7 @@ TAMPERS = {
 WEIGHTS = [name for name in torch.load(CHECKPOINT, weights_only=True)["state_dict"] if name.startswith("model.")]
 
 
-@cases(quick=60, soak=1000)
+@cases(quick=30, soak=1000)
 @given(name=st.sampled_from(WEIGHTS), tamper=st.sampled_from(list(TAMPERS)))
 def test_a_tampered_weight_is_refused_or_scores_finitely(file, name, tamper):
     saved = torch.load(CHECKPOINT, weights_only=True)
@@ -127,7 +127,7 @@ JSON = st.recursive(
 )
 
 
-@cases(quick=60, soak=1000)
+@cases(quick=30, soak=1000)
 @given(data=st.data())
 def test_a_checkpoint_with_other_contents_is_refused_or_scores_finitely(file, data):
     saved = torch.load(CHECKPOINT, weights_only=True)
@@ -216,7 +216,7 @@ def weights(request, tmp_path_factory) -> Path:
 
 def test_a_mutated_weights_file_is_refused_or_loads_finite_weights(weights, tmp_path):
     whole, path = weights.read_bytes(), tmp_path / f"weights{weights.suffix}"
-    for seed in range(count(quick=60, soak=500)):
+    for seed in range(count(quick=30, soak=500)):
         path.write_bytes((rezipped if weights.suffix == ".pth" and seed % 2 else mutated)(whole, seed))
         features = tiny_cfa(pre_trained=True, weights_path=path).model.patch_features
         try:
@@ -226,7 +226,7 @@ def test_a_mutated_weights_file_is_refused_or_loads_finite_weights(weights, tmp_
         assert all(value.isfinite().all() for value in features.state_dict().values())
 
 
-@cases(quick=60, soak=500)
+@cases(quick=30, soak=500)
 @given(tamper=st.sampled_from(list(TAMPERS)), place=st.integers(0, 1000))
 def test_tampered_weights_are_refused_or_finite(tmp_path_factory, tamper, place):
     path = tmp_path_factory.getbasetemp() / "tampered.pth"

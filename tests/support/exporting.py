@@ -8,11 +8,10 @@ import torch
 from anomalib_cfa import Cfa
 
 
-def fitted(model: Cfa) -> Cfa:
+def fitted(model: Cfa, images: int = 4) -> Cfa:
     """A memory bank and calibration of random images; an export asks for no more."""
     network = model.model.eval()
-    height, width = model.input_size
-    images = torch.rand(4, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(images, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         network.fit([network.pyramid(images)])
         raw = network(images)

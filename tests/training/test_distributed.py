@@ -88,12 +88,19 @@ IN_SOAK = pytest.mark.skipif(not SOAK, reason="several processes take long: make
 
 
 @pytest.mark.parametrize("bank", ["kmeans", pytest.param("ema", marks=IN_SOAK)])
-def test_the_other_banks_are_one_and_the_same_on_all_processes(images, tmp_path, bank):
+def test_all_processes_have_the_other_banks_and_name_the_image_that_fits_worst(images, tmp_path, bank):
     """With features kept in files, one for each process."""
-    together = states(images, tmp_path / bank, 2, bank=bank, feature_budget=1e-9)
+    root, folder = shutil.copytree(images, tmp_path / "images"), tmp_path / "fit"
+    odd = root / "tile/train/good/006.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(odd)
+    together = states(root, folder, 2, bank=bank, feature_budget=1e-9)
     assert_one_and_the_same(together)
     assert together[0]["memory_bank.centers"].isfinite().all()
-    assert not list((tmp_path / bank).rglob("tmp*"))
+    assert not list(folder.rglob("tmp*"))
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text())["worst"] for rank in range(2))
+    assert first == second
+    assert first[0][0] == str(odd)
 
 
 @IN_SOAK
@@ -111,17 +118,6 @@ def test_kept_features_do_not_change_what_several_processes_learn(images, fits, 
     fresh = states(images, tmp_path / "fresh", 2, bank="mean", feature_budget=0)
     for ours, theirs in zip(kept, fresh, strict=True):
         torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=0.02, atol=0)
-
-
-def test_all_processes_name_the_training_image_that_fits_worst(images, tmp_path):
-    root = shutil.copytree(images, tmp_path / "images")
-    odd = root / "tile/train/good/006.png"
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(odd)
-    states(root, tmp_path / "fit", 2)
-    first, second = (json.loads((tmp_path / f"fit/rank{rank}.json").read_text())["worst"] for rank in range(2))
-    assert first == second
-    assert first[0][0] == str(odd)
 
 
 @pytest.mark.parametrize("dies", [(1, "step"), pytest.param((0, "bank"), marks=IN_SOAK)])
