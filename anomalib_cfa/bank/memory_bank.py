@@ -87,12 +87,12 @@ class MemoryBank(DynamicBufferMixin):
         """Find and measure the k nearest centres, by the rule of :class:`CenterIndex`.
 
         Args:
-            descriptors: Patch descriptors of shape (..., D).
+            descriptors: Patch descriptors of shape (B, h, w, D).
             k: How many centres, at most N.
 
         Returns:
             Squared distances in float32, nearest first, differentiable in the descriptors, and the centres' indices,
-            both of shape (..., k).
+            both of shape (B, h, w, k).
         """
         squared, indices = self.index(descriptors, k)
         return squared, indices

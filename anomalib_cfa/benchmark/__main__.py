@@ -12,14 +12,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a benchmark, or write the report of one.
-
-    Args:
-        arguments: The command line's; None for ``sys.argv``'s.
-
-    Returns:
-        The exit status: 0, or 1 if a job failed, 2 if the arguments or the file are wrong, 130 if interrupted.
-    """
+    """Run the command; returns its exit status, 1 if a job failed, 2 after a wrong argument, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _report(arguments[1:]) if arguments[:1] == ["report"] else _run(arguments)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, NumpyImageItem
@@ -19,14 +20,6 @@ from anomalib_cfa.benchmark.folder import Case, Result
 _PANEL_HEIGHT = 192
 
 
-class _Kept(NamedTuple):
-    image: str
-    score: float
-    threshold: float
-    margin: float
-    pictured: dict[str, Any]  # fields of NumpyImageItem
-
-
 class CaseKeeper(Callback):
     """Keeps the images of a test with the largest and the smallest margin, of the defective and of the normal ones.
 
@@ -35,7 +28,7 @@ class CaseKeeper(Callback):
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, bool], _Kept] = {}
+        self._kept: dict[tuple[str, bool], tuple[Case, dict[str, Any]]] = {}  # with fields of NumpyImageItem
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Keep those images of a batch that have a larger or smaller margin than the ones kept before."""
@@ -49,11 +42,12 @@ class CaseKeeper(Callback):
             margin = (score - threshold) * (1 if label else -1)
             for kind, sign in (("best", 1), ("worst", -1)):
                 before = self._kept.get((kind, bool(label)))
-                if math.isnan(margin) or (before is not None and sign * margin <= sign * before.margin):
+                if math.isnan(margin) or (before is not None and sign * margin <= sign * before[0].margin):
                     continue
                 name = "/".join(Path(outputs.image_path[index]).parts[-2:]) if outputs.image_path else str(index)
-                pictured = _pictured(outputs, index, pl_module)
-                self._kept[kind, bool(label)] = _Kept(name, score, threshold, margin, pictured)
+                picture = f"{kind}_{'defective' if label else 'normal'}.jpg"
+                case = Case(kind, name, bool(label), score, threshold, margin, picture)
+                self._kept[kind, bool(label)] = case, _pictured(outputs, index, pl_module)
 
     def draw(self, folder: Path, root: Path) -> list[Case]:
         """Draw what was kept: the best before the worst, and the defective before the normal image.
@@ -64,11 +58,10 @@ class CaseKeeper(Callback):
         """
         folder.mkdir(parents=True, exist_ok=True)
         cases = []
-        for (kind, is_defective), kept in sorted(self._kept.items(), key=lambda item: (item[0][0], not item[0][1])):
-            path = folder / f"{kind}_{'defective' if is_defective else 'normal'}.jpg"
-            _draw(kept.pictured, path)
-            picture = path.relative_to(root).as_posix()
-            cases.append(Case(kind, kept.image, is_defective, kept.score, kept.threshold, kept.margin, picture))
+        for case, pictured in sorted(self._kept.values(), key=lambda kept: (kept[0].kind, not kept[0].is_defective)):
+            path = folder / case.picture
+            _draw(pictured, path)
+            cases.append(replace(case, picture=path.relative_to(root).as_posix()))
         return cases
 
 

@@ -1,9 +1,9 @@
 """One job: a model trained and tested on one category with one seed, and its result saved."""
 
 import gc
-import importlib
 import inspect
 import math
+import pkgutil
 import time
 import traceback
 from datetime import datetime, timezone
@@ -63,11 +63,11 @@ def build_datamodule(spec: JobSpec) -> AnomalibDataModule:
         TypeError: If the class path names something else.
     """
     config = spec.data
-    module, _, name = str(config["class_path"]).rpartition(".")
-    if module.partition(".")[0] in ("", "anomalib"):
+    class_path = str(config["class_path"])
+    if "." not in class_path or class_path.startswith("anomalib."):
         datamodule: AnomalibDataModule = get_datamodule(config)
         return datamodule
-    found: Any = getattr(importlib.import_module(module), name)
+    found: Any = pkgutil.resolve_name(class_path)
     if not (isinstance(found, type) and issubclass(found, AnomalibDataModule)):
         msg = f"class_path of data must name an anomalib data module, but names {found!r}"
         raise TypeError(msg)
@@ -149,7 +149,7 @@ class Job(BenchmarkJob):
             epochs = engine.trainer.current_epoch
             metrics = engine.test(model, datamodule=datamodule)[0]
             tested = time.perf_counter()
-        self._inspect(model, datamodule)
+        self._inspect(model, datamodule, str(engine.trainer.strategy.root_device))
         thresholds = _THRESHOLD_SIDES[ValSplitMode(datamodule.val_split_mode)] if model.post_processor else "none"
         return Result(
             accelerator=self.accelerator,
@@ -167,18 +167,18 @@ class Job(BenchmarkJob):
             cases=keeper.draw(self.folder.cases(self.spec.key), self.folder.root),
         )
 
-    def _inspect(self, model: AnomalibModule, datamodule: AnomalibDataModule) -> None:
+    def _inspect(self, model: AnomalibModule, datamodule: AnomalibDataModule, device: str) -> None:
         """Write the page on which to judge the model, unless its images are not those in the files."""
         dataset = datamodule.test_data
         if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
             return
         page = self.folder.inspection(self.spec.key)
         try:
-            inspect_samples(
-                ModelPredictor(model), listed_samples(dataset.samples), page, self.title, self.spec.model_name
-            )
-        except ValueError as error:  # of a model that does not normalize its scores, whose result is valid nevertheless
-            print(f"{self.title}: no inspection page: {error}", flush=True)
+            predictor, samples = ModelPredictor(model, device), listed_samples(dataset.samples)
+            inspect_samples(predictor, samples, page, self.title, self.spec.model_name)
+        # The result is measured by now, and valid without a page: also that of a model that does not normalize.
+        except Exception as error:  # noqa: BLE001
+            print(f"{self.title}: no inspection page: {type(error).__name__}: {error}", flush=True)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> pd.DataFrame:

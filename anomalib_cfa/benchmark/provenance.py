@@ -80,6 +80,7 @@ def peak_memory(accelerator: str, index: int = 0) -> Iterator[dict[str, int | No
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     if accelerator == "cuda":
+        torch.cuda.init()  # until then, torch knows no device whose count to reset
         torch.cuda.reset_peak_memory_stats(index)
     try:
         yield peak

@@ -1,9 +1,9 @@
 """The whole workflow on rendered images: train, export, find defects, draw them."""
 
 import argparse
-import os
 import sys
 import time
+from os.path import relpath
 from pathlib import Path
 
 from anomalib_cfa.demo.commands import export_openvino, read_metrics, train
@@ -16,14 +16,7 @@ METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo.
-
-    Args:
-        arguments: The command line's; None for ``sys.argv``'s.
-
-    Returns:
-        Exit status: 0, or 1 after an error, which is printed.
-    """
+    """Run the demo; returns its exit status, 1 after an error, which is printed."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
@@ -51,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
     weights = find_weights(output / "weights", options.weights_path)
     print(weights.note)
     datasets = render_mvtec(output / "datasets", options.categories, options.seed)
-    print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {_short(datasets)}", flush=True)
+    print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {relpath(datasets)}", flush=True)
 
     pages = []
     summary = [f"{'':12}" + "".join(f"{name:>15}" for name in METRICS)]
@@ -65,20 +58,16 @@ def _run(options: argparse.Namespace) -> None:
 
     print(f"\nTest metrics of the last epoch, {'ImageNet' if weights.path else 'random'} features:")
     print("\n".join(summary))
-    print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {_short(output / 'heat_maps')}")
-    print(f"To judge the models and set their thresholds, open {', '.join(map(_short, pages))}")
+    print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {relpath(output / 'heat_maps')}")
+    print(f"To judge the models and set their thresholds, open {', '.join(map(relpath, pages))}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
 def _look(category: str, model: Path, output: Path) -> None:
     for finding in draw_heat_maps(model, output / "datasets" / category, output / "heat_maps"):
-        verdict = "defective" if finding.score >= 0.5 else "normal"  # the threshold of normalized scores
+        verdict = "defective" if finding.score > 0.5 else "normal"  # the threshold of normalized scores
         timing = f"{1000 * finding.seconds:6.0f} ms"
-        print(f"OpenVINO: {finding.kind:12} score {finding.score:.2f} {verdict:10}{timing}  {_short(finding.picture)}")
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path)
+        print(f"OpenVINO: {finding.kind:12} score {finding.score:.2f} {verdict:10}{timing}  {relpath(finding.picture)}")
 
 
 if __name__ == "__main__":

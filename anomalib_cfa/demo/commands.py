@@ -1,12 +1,13 @@
 """The demo's steps in processes of their own: anomalib's command line, as a user would type it."""
 
-import csv
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+
+import pandas as pd
 
 from anomalib_cfa.demo.weights import Weights
 
@@ -52,10 +53,9 @@ def train(category: str, datasets: Path, output: Path, weights: Weights, epochs:
 
 def read_metrics(category: str, output: Path) -> dict[str, float]:
     """The test metrics that :func:`train` logged, by their names in anomalib."""
-    with (output / "metrics" / category / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    tested = [row for row in rows if row.get("pixel_AUPRO")]  # AUPRO is a metric of the test only
-    return {name: float(value) for name, value in tested[-1].items() if value and name.startswith(("image_", "pixel_"))}
+    logged = pd.read_csv(output / "metrics" / category / "metrics.csv")
+    tested = logged.dropna(subset="pixel_AUPRO").iloc[-1].dropna()  # AUPRO is a metric of the test only
+    return {name: float(value) for name, value in tested.items() if name.startswith(("image_", "pixel_"))}
 
 
 def export_openvino(category: str, checkpoint: Path, output: Path) -> Path:

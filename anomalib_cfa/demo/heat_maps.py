@@ -1,17 +1,17 @@
 """Predictions of the exported OpenVINO model, drawn beside the ground truth."""
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 from anomalib.data import NumpyImageItem
-from anomalib.data.utils import read_mask
-from anomalib.deploy import OpenVINOInferencer
 from anomalib.visualization.image.item_visualizer import visualize_image_item
+from PIL import Image
+
+from anomalib_cfa.inspect.predictors import OpenVINOPredictor
+from anomalib_cfa.inspect.samples import Sample, find_samples
 
 
 @dataclass(frozen=True)
@@ -43,44 +43,30 @@ def draw_heat_maps(model: Path, category: Path, folder: Path, per_kind: int = 2)
     Returns:
         One finding for each image.
     """
-    model, category, folder = model.resolve(), category.resolve(), folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with _working_directory(folder.parent):  # the inferencer leaves its cache in the working directory
-        inferencer = OpenVINOInferencer(path=model, device="CPU")
-    kinds = sorted(path.name for path in (category / "test").iterdir() if path.is_dir())
-    images = [path for kind in kinds for path in sorted((category / "test" / kind).glob("*.png"))[:per_kind]]
-    return [_look(inferencer, image, category, folder) for image in images]
+    predictor = OpenVINOPredictor(model)
+    kinds = groupby(find_samples(category), key=lambda sample: sample.kind)
+    samples = [sample for _, of_kind in kinds for sample in islice(of_kind, per_kind)]
+    return [_look(predictor, sample, folder, category.name) for sample in samples]
 
 
-def _look(inferencer: OpenVINOInferencer, image: Path, category: Path, folder: Path) -> Finding:
+def _look(predictor: OpenVINOPredictor, sample: Sample, folder: Path, category: str) -> Finding:
     start = time.perf_counter()
-    prediction = inferencer.predict(image)
+    with Image.open(sample.path) as file:
+        image = file.convert("RGB")
+    prediction = predictor.predict(image)
     seconds = time.perf_counter() - start
-    names = ("image", "anomaly_map", "pred_mask", "pred_score")
-    seen = {name: np.squeeze(np.asarray(getattr(prediction, name))) for name in names}  # a batch of one
-    kind = image.parent.name
-    truth = category / "ground_truth" / kind / f"{image.stem}_mask.png"
     drawn = visualize_image_item(
         NumpyImageItem(
-            image=seen["image"],
-            gt_mask=np.asarray(read_mask(truth)) if truth.is_file() else np.zeros(seen["image"].shape[-2:], bool),
-            anomaly_map=seen["anomaly_map"],
-            pred_mask=seen["pred_mask"],
+            image=np.asarray(image),
+            gt_mask=sample.read_mask(prediction.anomaly_map.shape, predictor.view),
+            anomaly_map=prediction.anomaly_map,
+            pred_mask=prediction.mask,
         ),
         fields=["image", "gt_mask"],
         overlay_fields=[("image", ["anomaly_map"]), ("image", ["pred_mask"])],
     )
-    picture = folder / f"{category.name}_{kind}_{image.stem}.png"
+    picture = folder / f"{category}_{sample.kind}_{sample.path.stem}.png"
     if drawn is not None:  # it is never None: there are fields to draw
         drawn.save(picture)
-    return Finding(kind, float(seen["pred_score"]), seconds, picture)
-
-
-@contextmanager
-def _working_directory(path: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+    return Finding(sample.kind, prediction.score, seconds, picture)

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.deploy.export import CompressionType
 from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2 import Transform
 from torchvision.transforms.v2 import functional as v2_functional
 
 from anomalib_cfa.export.openvino import operations
+from anomalib_cfa.metrics import AUROC
 
 _CALIBRATION_IMAGES = 300  # what NNCF takes
 _VALIDATION_IMAGES = 200
+_IMAGE_FIELDS, _PIXEL_FIELDS = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
 _PIXEL_STRIDE = 4  # the map is smooth, and all of its pixels would take minutes to rank
 
 
@@ -101,7 +102,7 @@ def compress(
     }
     if compression_type == CompressionType.INT8_PTQ:
         images = _Images(normal.subsample(_spread(len(normal), _CALIBRATION_IMAGES)), shape)
-        return nncf.quantize(model, nncf.Dataset(images, _image), subset_size=len(images), **options)
+        return nncf.quantize(model, nncf.Dataset(images, _pixels), subset_size=len(images), **options)
 
     judged = _spread(len(normal), min(_VALIDATION_IMAGES, len(normal) // 2))
     rest = sorted(set(range(len(normal))) - set(judged))
@@ -110,9 +111,9 @@ def compress(
     validation = _Images(_with_defects(normal.subsample(judged), seed), shape, transform)
     return nncf.quantize_with_accuracy_control(
         model,
-        nncf.Dataset(calibration, _image),
+        nncf.Dataset(calibration, _pixels),
         nncf.Dataset(validation),
-        lambda compiled, examples: _evaluate(compiled, examples, metric),
+        lambda compiled, batches: _evaluate(compiled, batches, metric),
         max_drop=max_drop,
         subset_size=len(calibration),
         **options,
@@ -125,15 +126,8 @@ def _first_convolution(model: Any, kept: Sequence[str]) -> list[str]:  # noqa: A
     return [name for name in found if name not in kept][:1]
 
 
-@dataclass(frozen=True)
-class _Example:
-    image: NDArray[np.float32]
-    label: Tensor
-    mask: Tensor | None
-
-
 class _Images:
-    """Images of a data set, one at a time, as an exported model takes them."""
+    """Images of a data set as an exported model takes them, in batches of the size that it takes."""
 
     def __init__(self, dataset: AnomalibDataset, shape: Any, transform: Transform | None = None) -> None:  # noqa: ANN401
         self.dataset = dataset
@@ -143,7 +137,7 @@ class _Images:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[_Example]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         batch, _, *size = self.shape
         for index in range(len(self.dataset)):
             item: Any = self.dataset[index]
@@ -153,12 +147,18 @@ class _Images:
             # Any size goes in, and the graph resizes it as it does in use, unless it was exported for one size.
             if size[0].is_static and size[1].is_static:
                 image = v2_functional.resize(image, [side.get_length() for side in size], antialias=True)
-            images = image[None].expand(batch.get_length() if batch.is_static else 1, -1, -1, -1)
-            yield _Example(np.ascontiguousarray(images.numpy(), dtype=np.float32), item.gt_label, mask)
+            count = batch.get_length() if batch.is_static else 1
+            yield ImageBatch(
+                image=image.expand(count, -1, -1, -1).contiguous().float(),
+                gt_label=item.gt_label.reshape(1),
+                gt_mask=None if mask is None else mask.reshape(1, *mask.shape[-2:]),
+            )
 
 
-def _image(example: _Example) -> NDArray[np.float32]:
-    return example.image
+def _pixels(batch: ImageBatch) -> NDArray[np.float32]:
+    image: Any = batch.image
+    pixels: NDArray[np.float32] = image.numpy()
+    return pixels
 
 
 def _spread(length: int, count: int) -> list[int]:
@@ -180,37 +180,23 @@ def _with_defects(normal: AnomalibDataset, seed: int) -> SyntheticAnomalyDataset
         return SyntheticAnomalyDataset.from_dataset(normal)
 
 
-def _evaluate(compiled: Any, examples: Iterable[_Example], metric: Metric | None) -> float:  # noqa: ANN401
+def _evaluate(compiled: Any, batches: Iterable[ImageBatch], metric: Metric | None) -> float:  # noqa: ANN401
     """Evaluate a compiled model by a metric, or by the mean of image and pixel AUROC."""
-    scores, labels, pixel_scores, pixel_labels = [], [], [], []
-    if metric is not None:
-        metric.reset()
-    for example in examples:
-        output = {
-            next(iter(key.names)): torch.from_numpy(value[:1].copy()) for key, value in compiled(example.image).items()
-        }
-        if metric is not None:
-            metric.update(_batch(example, output))
-            continue
-        scores.append(output["pred_score"].flatten())
-        labels.append(example.label.reshape(1))
-        if example.mask is not None:
-            pixel_scores.append(output["anomaly_map"][..., ::_PIXEL_STRIDE, ::_PIXEL_STRIDE].flatten())
-            pixel_labels.append((example.mask[..., ::_PIXEL_STRIDE, ::_PIXEL_STRIDE] > 0).flatten())
-    if metric is not None:
-        return float(metric.compute())
-    aurocs = [binary_auroc(torch.cat(scores), torch.cat(labels))]
-    if pixel_scores:
-        aurocs.append(binary_auroc(torch.cat(pixel_scores), torch.cat(pixel_labels).long()))
-    return float(torch.stack(aurocs).mean())
-
-
-def _batch(example: _Example, output: dict[str, Tensor]) -> ImageBatch:
-    """What anomalib's metrics take."""
-    predictions: dict[str, Any] = dict(output)
-    return ImageBatch(
-        image=torch.from_numpy(example.image[:1]),
-        gt_label=example.label.reshape(1),
-        gt_mask=None if example.mask is None else example.mask.reshape(1, *example.mask.shape[-2:]),
-        **predictions,
-    )
+    metrics = [metric] if metric is not None else [AUROC(_IMAGE_FIELDS), AUROC(_PIXEL_FIELDS, strict=False)]
+    stride = 1 if metric is not None else _PIXEL_STRIDE
+    for each in metrics:
+        each.reset()
+    masked = False
+    for batch in batches:
+        outputs = compiled(_pixels(batch)).items()
+        # Of a batch of copies the first.
+        found: Any = {next(iter(key.names)): torch.from_numpy(value[:1].copy()) for key, value in outputs}
+        found["anomaly_map"] = found["anomaly_map"][..., ::stride, ::stride]
+        image: Any = batch.image
+        mask = batch.gt_mask
+        if mask is not None:
+            masked, mask = True, mask[..., ::stride, ::stride]
+        judged = ImageBatch(image=image[:1], gt_label=batch.gt_label, gt_mask=mask, **found)
+        for each in metrics:
+            each.update(judged)
+    return mean(float(each.compute()) for each in (metrics if masked else metrics[:1]))

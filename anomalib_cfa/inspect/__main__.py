@@ -8,14 +8,7 @@ from anomalib_cfa.inspect.inspection import inspect_folder, report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: The command line's; None for ``sys.argv``'s.
-
-    Returns:
-        Exit status: 0, or 1 after an error, which is printed.
-    """
+    """Run the command; returns its exit status, 1 after an error, which is printed."""
     parser = argparse.ArgumentParser(prog="python -m anomalib_cfa.inspect", description=__doc__)
     parser.add_argument("model", type=Path, help="checkpoint (.ckpt) or exported model (.xml, .onnx)")
     parser.add_argument("folder", type=Path, help="images, or a category in MVTec AD's layout")

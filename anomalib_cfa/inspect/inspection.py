@@ -11,19 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from anomalib_cfa.inspect.page import Asset, PageFolder
-from anomalib_cfa.inspect.pictures import (
-    EMBEDDED_PICTURE,
-    PICTURE,
-    THUMBNAIL,
-    crop,
-    data_uri,
-    grey_levels,
-    grey_webp,
-    patch_picture,
-    shrunk,
-    webp,
-)
+from anomalib_cfa.inspect import pictures
+from anomalib_cfa.inspect.page import PageFolder
 from anomalib_cfa.inspect.predictors import Prediction, Predictor, load_predictor
 from anomalib_cfa.inspect.reasons import Reason
 from anomalib_cfa.inspect.samples import Sample, find_samples
@@ -85,7 +74,8 @@ def inspect_samples(
         ValueError: If no image can be processed, or the model does not normalize its scores.
     """
     target = PageFolder(page, embed)
-    samples = [sample for sample in samples if target.files not in sample.path.parents]
+    own = target.files.resolve()
+    samples = [sample for sample in samples if own not in sample.path.resolve().parents]
     image_threshold, pixel_threshold, pixels = Threshold(), Threshold(), PixelCounts()
     records: list[dict[str, Any]] = []
     result = Inspection(page, 0, {})
@@ -94,7 +84,7 @@ def inspect_samples(
         try:
             image = _read(sample.path)
             prediction = predictor.predict(image)
-            seen = crop(image, predictor.view)
+            seen = pictures.crop(image, predictor.view)
             mask = sample.read_mask(prediction.anomaly_map.shape, predictor.view)
         # PIL's readers raise whatever a damaged file makes them trip over.
         except Exception as error:  # noqa: BLE001
@@ -154,15 +144,10 @@ def _record(
     index: int,
 ) -> dict[str, Any]:
     """What the page is told about an image; its pictures are saved."""
-    grey = grey_levels(prediction.anomaly_map, 0, 1)
-    picture = shrunk(seen, EMBEDDED_PICTURE if target.embed else PICTURE)
-    small_map = shrunk(Image.fromarray(grey), _SMALL_MAP).convert("RGB")
-    has_mask = mask is not None and bool(mask.any())
-    asset = Asset(
-        picture=webp(picture),
-        heat_map=grey_webp(grey),
-        mask=grey_webp(255 * mask.astype(np.uint8)) if has_mask and mask is not None else None,
-    )
+    grey = pictures.grey_levels(prediction.anomaly_map)
+    picture = pictures.shrunk(seen, pictures.EMBEDDED_PICTURE if target.embed else pictures.PICTURE)
+    small_map = pictures.shrunk(Image.fromarray(grey), _SMALL_MAP).convert("RGB")
+    defect = None if mask is None or not mask.any() else pictures.grey_webp(255 * mask.astype(np.uint8))
     record: dict[str, Any] = {
         "name": sample.name,
         "folder": "/".join(sample.name.split("/")[:-1]),
@@ -171,10 +156,10 @@ def _record(
         "score": float(np.float32(prediction.score)),
         "width": seen.width,
         "height": seen.height,
-        "thumbnail": data_uri(webp(shrunk(picture, THUMBNAIL), 70)),
-        "small_map": data_uri(webp(small_map, 60)),
-        "has_mask": has_mask,
-        **target.add(index, asset),
+        "thumbnail": pictures.data_uri(pictures.webp(pictures.shrunk(picture, pictures.THUMBNAIL), 70)),
+        "small_map": pictures.data_uri(pictures.webp(small_map, 60)),
+        "has_mask": defect is not None,
+        **target.add(index, pictures.webp(picture), pictures.grey_webp(grey), defect),
     }
     if prediction.reason is not None:
         record["reason"] = _reason(prediction.reason, seen, predictor)
@@ -184,14 +169,14 @@ def _record(
 def _reason(reason: Reason, seen: Image.Image, predictor: Predictor) -> dict[str, Any] | None:
     """The two patches as pictures; None where the training image is no longer there."""
     try:
-        normal = crop(_read(reason.normal), predictor.view)
+        normal = pictures.crop(_read(reason.normal), predictor.view)
     except OSError:
         return None
     return {
         "place": reason.place,
         "name": reason.normal.name,
-        "worst": data_uri(patch_picture(seen, reason.place)),
-        "nearest": data_uri(patch_picture(normal, reason.normal_place)),
+        "worst": pictures.data_uri(pictures.patch_picture(seen, reason.place)),
+        "nearest": pictures.data_uri(pictures.patch_picture(normal, reason.normal_place)),
     }
 
 

@@ -3,7 +3,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const images = data.images;
-const PIXEL_STEPS = 1000; // data.pixels counts between the thresholds 0, 0.001, ..., 1
+const PIXEL_STEPS = 1000; // data.pixels counts between the thresholds 0, 0.001, ..., 1; others count as the nearest
 
 // The threshold as anomalib computes it, in float32 from its sensitivity.
 const effective = (threshold) => Math.fround(1 - Math.fround(1 - threshold));

@@ -1,7 +1,7 @@
 """Writes the page: one HTML file, with or without a folder of pictures beside it."""
 
+import hashlib
 import json
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,23 +18,11 @@ _COLOURS = "inferno"  # perceptually uniform, and read alike by the colour-blind
 _SCRIPTS = ("judge.js", "viewer.js", "page.js", "start.js")
 
 
-@dataclass(frozen=True)
-class Asset:
-    """What an image needs only when it is opened, as WebP.
-
-    Attributes:
-        picture: The image.
-        heat_map: Grey levels of its anomaly map.
-        mask: The true mask, if there is one.
-    """
-
-    picture: bytes
-    heat_map: bytes
-    mask: bytes | None
-
-
 class PageFolder:
     """Where a page and its pictures go.
+
+    An earlier inspection's page and pictures stay as they are until :meth:`write`, which also removes what one that
+    failed has left.
 
     Args:
         page: The HTML file.
@@ -45,38 +33,44 @@ class PageFolder:
         self.page = page
         self.embed = embed
         self.files = page.with_name(f"{page.stem}_files")
-        for old in (*self.files.glob("[0-9]*.webp"), *self.files.glob("[0-9]*.js")):  # an earlier inspection's
-            old.unlink()
+        self._saved: set[Path] = set()
         (page.parent if embed else self.files).mkdir(parents=True, exist_ok=True)
 
-    def add(self, index: int, asset: Asset) -> dict[str, str]:
-        """Save an image's pictures.
+    def add(self, index: int, picture: bytes, heat_map: bytes, mask: bytes | None) -> dict[str, str]:
+        """Save what an image needs only when it is opened.
 
         A page that is opened from the disk may show pictures beside it, but not read their pixels; so the maps, which
         it colours itself, are scripts that hand them over.
 
         Args:
             index: The image's place.
-            asset: Its pictures.
+            picture: The image, as WebP.
+            heat_map: Grey levels of its anomaly map, as WebP.
+            mask: The true mask, as WebP, if there is one.
 
         Returns:
             What the page is told: where the pictures are, or the pictures.
         """
-        maps = {"map": data_uri(asset.heat_map)}
-        if asset.mask is not None:
-            maps["mask"] = data_uri(asset.mask)
+        maps = {"map": data_uri(heat_map)}
+        if mask is not None:
+            maps["mask"] = data_uri(mask)
         if self.embed:
-            return {"picture": data_uri(asset.picture), **maps}
-        picture, script = self.files / f"{index:06}.webp", self.files / f"{index:06}.js"
-        picture.write_bytes(asset.picture)
-        script.write_text(f"heatMap({index}, {', '.join(json.dumps(each) for each in maps.values())});\n", "ascii")
-        return {"picture": self._address(picture), "map_file": self._address(script)}
+            return {"picture": data_uri(picture), **maps}
+        script = f"heatMap({index}, {', '.join(json.dumps(each) for each in maps.values())});\n"
+        return {
+            "picture": self._save(index, "webp", picture),
+            "map_file": self._save(index, "js", script.encode("ascii")),
+        }
 
-    def _address(self, path: Path) -> str:
+    def _save(self, index: int, suffix: str, content: bytes) -> str:
+        """Save a file, and return its address. A file of an earlier inspection has its name only if it is the same."""
+        path = self.files / f"{index:06}-{hashlib.sha256(content).hexdigest()[:12]}.{suffix}"
+        path.write_bytes(content)
+        self._saved.add(path)
         return quote(path.relative_to(self.page.parent).as_posix())
 
     def write(self, **data: Any) -> None:  # noqa: ANN401 - plain data, as in JSON
-        """Write the page.
+        """Write the page, and remove the pictures of an earlier one.
 
         Args:
             **data: What it shows; see ``page.html.jinja`` and the scripts beside it.
@@ -86,19 +80,10 @@ class PageFolder:
         template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
             _text("page.html.jinja")
         )
-        html = template.render(
-            data=data, style=_Trusted(_text("page.css")), scripts=map(_Trusted, map(_text, _SCRIPTS))
-        )
+        html = template.render(data=data, style=_text("page.css"), scripts=map(_text, _SCRIPTS))
         self.page.write_text(html, encoding="utf-8")
-
-
-class _Trusted(str):
-    """Text of this package, which the template does not escape."""
-
-    __slots__ = ()
-
-    def __html__(self) -> str:
-        return self
+        for path in {*self.files.glob("[0-9]*.webp"), *self.files.glob("[0-9]*.js")} - self._saved:
+            path.unlink()
 
 
 @cache

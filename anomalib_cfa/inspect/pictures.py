@@ -52,10 +52,9 @@ def grey_webp(values: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def grey_levels(anomaly_map: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    """Grey levels of a map, the same on every image: 0 for ``low`` and :data:`LEVELS` for ``high``."""
-    scaled = (anomaly_map - low) * (LEVELS / (high - low))
-    levels: NDArray[np.uint8] = np.rint(scaled.clip(0, LEVELS)).astype(np.uint8)
+def grey_levels(anomaly_map: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Grey levels of a map, the same on every image: 0 for a score of 0, and :data:`LEVELS` for 1."""
+    levels: NDArray[np.uint8] = np.rint((LEVELS * anomaly_map).clip(0, LEVELS)).astype(np.uint8)
     return levels
 
 

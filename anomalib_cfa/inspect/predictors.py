@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from anomalib.deploy import OpenVINOInferencer
 from anomalib.models.components import AnomalibModule
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from anomalib_cfa.inspect.pictures import View
-from anomalib_cfa.inspect.reasons import Reason, ReasonFinder
+from anomalib_cfa.inspect.reasons import Reason, find_reason
 from anomalib_cfa.lightning_model import Cfa
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -40,22 +41,6 @@ class Prediction:
     reason: Reason | None = None
 
 
-class Predictor(Protocol):
-    """A model.
-
-    Attributes:
-        view: Left, top, right and bottom of what it sees of an image, as parts of the image's width and height.
-        checkpoint: Its checkpoint, if it is one.
-    """
-
-    view: View
-    checkpoint: Path | None
-
-    def predict(self, image: Image.Image) -> Prediction:
-        """Predict an RGB image."""
-        ...
-
-
 class ModelPredictor:
     """A fitted model.
 
@@ -63,24 +48,33 @@ class ModelPredictor:
         model: Any of anomalib's; this package's Cfa tells the reasons for its scores, too.
         device: Where to compute. Default: on a GPU if there is one.
         checkpoint: The file that it is from.
+
+    Attributes:
+        view: Left, top, right and bottom of what it sees of an image, as parts of the image's width and height.
     """
 
     def __init__(self, model: AnomalibModule, device: str | None = None, checkpoint: Path | None = None) -> None:
         self.checkpoint = checkpoint
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
-        self._reasons = ReasonFinder.of(model) if isinstance(model, Cfa) else None
         self.view = _view(model)
 
     @torch.inference_mode()
     def predict(self, image: Image.Image) -> Prediction:
         """Predict an RGB image."""
         batch = to_dtype(to_image(image), torch.float32, scale=True)[None].to(self._device)
-        if self._reasons is None:
+        if not isinstance(self._model, Cfa):
             return _prediction(self._model(batch), None)
-        with self._reasons.watch() as reasons:
+        described: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+            del module, inputs
+            described.append(output)
+
+        with self._model.model.descriptor.register_forward_hook(keep):
             output = self._model(batch)
-            return _prediction(output, reasons.find())
+        # The whole image's; those of its centre crop may follow.
+        return _prediction(output, find_reason(self._model, described[0][0]))
 
 
 def _view(model: AnomalibModule) -> View:
@@ -129,7 +123,7 @@ def _prediction(output: Any, reason: Reason | None) -> Prediction:  # noqa: ANN4
     for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
         value = getattr(output, name, None)
         if value is not None:
-            values[name] = np.squeeze(value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value))
+            values[name] = np.squeeze(value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value))
     label, mask = values.get("pred_label"), values.get("pred_mask")
     # A model without thresholds gives back scores in place of labels.
     return Prediction(
@@ -139,6 +133,9 @@ def _prediction(output: Any, reason: Reason | None) -> Prediction:  # noqa: ANN4
         mask=mask if mask is not None and mask.dtype == bool else None,
         reason=reason,
     )
+
+
+Predictor = ModelPredictor | OpenVINOPredictor
 
 
 def load_predictor(path: Path, device: str | None = None) -> Predictor:

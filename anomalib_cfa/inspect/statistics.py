@@ -22,8 +22,16 @@ class Threshold:
         """A threshold for which the positive scores are exactly those above it."""
         if self._negative <= 0.5 < self._positive:
             return 0.5
-        between = (np.clip(self._negative, 0, 1) + np.clip(self._positive, 0, 1)) / 2
-        return round(float(between), 3)
+        lowest, highest = (float(np.clip(score, 0, 1)) for score in (self._negative, self._positive))
+        # The shortest decimal that tells them apart. Where they are neighbours, the lower one itself may have to.
+        candidates = [*(round((lowest + highest) / 2, places) for places in range(3, 10)), lowest]
+        fitting = (value for value in candidates if self._negative <= _effective(value) < self._positive)
+        return next(fitting, candidates[0])
+
+
+def _effective(threshold: float) -> float:
+    """The threshold as anomalib computes it, in float32 from its sensitivity; so does the page."""
+    return float(np.float32(1) - np.float32(1 - threshold))
 
 
 class PixelCounts:

@@ -4,12 +4,13 @@ Anomalib's exports read them from the checkpoint only; `anomalib export` ignores
 """
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from anomalib_cfa.training.whole_files import WholeFileIO
 
 _CONFIG = "anomalib_post_processor_config"
 
@@ -39,26 +40,14 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
     for name, value in (("image_sensitivity", image), ("pixel_sensitivity", pixel)):
         if value is not None:
             config[name] = 1 - value
-    checkpoint = checkpoint.resolve()
-    handle, staged = tempfile.mkstemp(dir=checkpoint.parent, prefix=".", suffix=checkpoint.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        Path(staged).chmod(checkpoint.stat().st_mode)
-        Path(staged).replace(checkpoint)
-    finally:
-        Path(staged).unlink(missing_ok=True)
+    checkpoint = checkpoint.resolve()  # a link stays one
+    mode = checkpoint.stat().st_mode
+    WholeFileIO(TorchCheckpointIO()).save_checkpoint(content, checkpoint)
+    checkpoint.chmod(mode)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: The command line's; None for ``sys.argv``'s.
-
-    Returns:
-        Exit status: 0, or 1 after an error, which is printed.
-    """
+    """Run the command; returns its exit status, 1 after an error, which is printed."""
     parser = argparse.ArgumentParser(
         prog="python -m anomalib_cfa.inspect.thresholds", description="Set the thresholds of a checkpoint."
     )

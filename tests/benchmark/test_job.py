@@ -1,6 +1,7 @@
 """A job builds what the file says, and measures every model in the same way."""
 
 import pytest
+import torch
 from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
 from benchmark_jobs import section
 
@@ -39,6 +40,22 @@ def test_validation_is_after_the_last_epoch_only(rendered_mvtec, tmp_path, monke
     result = Job(spec, RunFolder(tmp_path), "validated")._measure(None)
     assert epochs == [1]
     assert result.metrics["image_F1Score"] is not None
+
+
+def test_a_page_that_cannot_be_written_costs_no_result(rendered_mvtec, tmp_path, monkeypatch, capsys):
+    devices = []
+
+    def run_out_of_memory(model, device=None):
+        devices.append(device)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("anomalib_cfa.benchmark.job.ModelPredictor", run_out_of_memory)
+    (spec,) = expand("cpu", section(rendered_mvtec))
+    job = Job(spec, RunFolder(tmp_path), "crowded")
+    job.run()
+    assert job.folder.has_result(spec.key)
+    assert devices == ["cpu"]  # the job's, even if there is a GPU
+    assert "crowded: no inspection page: OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_anomalibs_own_generator_builds_the_same_file(rendered_mvtec):

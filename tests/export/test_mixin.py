@@ -289,8 +289,8 @@ def test_quantization_sees_training_images_only_and_each_as_the_model_does(
     assert {image.shape for image in seen["calibration"]} == {(1, 3, 50, 40)}
     if compression_type == CompressionType.INT8_ACQ:
         examples = seen["validation"]
-        assert {int(example.label) for example in examples} == {0, 1}
-        assert {tuple(example.mask.shape[-2:]) for example in examples} == {(64, 96)}
+        assert {int(example.gt_label) for example in examples} == {0, 1}
+        assert {tuple(example.gt_mask.shape[-2:]) for example in examples} == {(64, 96)}
         assert len(examples) + len(seen["calibration"]) == len(datamodule.train_data)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anomalib.data.datasets.image.mvtecad import MVTecADDataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from anomalib_cfa.inspect.inspection import Inspection, inspect_samples, report
@@ -81,11 +83,12 @@ class Fixed:
     view = (0.0, 0.0, 1.0, 1.0)
     checkpoint = None
 
-    def __init__(self, score: float) -> None:
-        self.score = score
+    def __init__(self, *scores: float) -> None:
+        self.scores = list(scores)
 
     def predict(self, image: Image.Image) -> Prediction:
-        return Prediction(self.score, np.full((8, 8), 0.25, np.float32))
+        score = self.scores.pop(0) if len(self.scores) > 1 else self.scores[0]
+        return Prediction(score, np.asarray(image, np.float32)[..., 0] / 255)
 
 
 def test_scores_that_are_not_normalized_are_refused(tmp_path: Path) -> None:
@@ -108,6 +111,40 @@ def test_a_second_inspection_does_not_take_the_firsts_pictures_for_images(tmp_pa
     for _ in range(2):
         result = inspect_samples(Fixed(0.5), find_samples(tmp_path), tmp_path / "page.html", "", "")
     assert (result.images, result.unreadable) == (1, {})
+
+
+def test_nor_where_one_path_is_absolute_and_the_other_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parts").mkdir()
+    Image.new("RGB", (8, 8)).save("parts/image.png")
+    for _ in range(2):
+        result = inspect_samples(Fixed(0.5), find_samples(Path("parts")), tmp_path / "parts" / "page.html", "", "")
+    assert (result.images, result.unreadable) == (1, {})
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize("scores", [[17.0], [0.25, 17.0]])
+def test_an_inspection_that_fails_leaves_the_earlier_page_and_its_pictures(
+    tmp_path: Path, embed: bool, scores: list[float]
+) -> None:
+    for index in range(3):
+        Image.new("RGB", (8, 8), (80 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    samples, page = find_samples(tmp_path), tmp_path / "page.html"
+    inspect_samples(Fixed(0.5), samples, page, "", "")
+    before = contents(tmp_path)
+    assert len(before) == 3 + 1 + 2 * 3
+    with pytest.raises(ValueError, match="model must normalize"):
+        inspect_samples(Fixed(*scores), samples[1:], page, "", "", embed)
+    assert before.items() <= contents(tmp_path).items()
+
+    result = inspect_samples(Fixed(0.5), samples[:1], page, "", "", embed)  # and one that succeeds removes all of it
+    image = told(result)["images"][0]
+    shown = set() if embed else {tmp_path / image["picture"], tmp_path / image["map_file"]}
+    assert {path for path in contents(tmp_path) if path.suffix != ".png"} == {page} | shown
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
@@ -138,6 +175,32 @@ def test_the_default_threshold_is_kept_where_it_agrees() -> None:
     assert threshold.value == pytest.approx(0.8)
 
 
+def above(threshold: float, scores: np.ndarray) -> np.ndarray:
+    return scores > np.float32(1) - np.float32(1 - threshold)  # as anomalib does
+
+
+def test_a_threshold_lies_between_the_scores_even_if_they_are_near_each_other() -> None:
+    threshold = Threshold()
+    threshold.update(np.float32([0.3216, 0.3218]), np.array([False, True]))
+    assert threshold.value == 0.3217
+
+
+@given(
+    chosen=st.floats(0, 1),
+    others=st.lists(st.floats(0, 1, width=32), max_size=5),
+    near=st.lists(st.integers(-3, 3), max_size=3),
+)
+def test_the_positive_scores_are_exactly_those_above_the_threshold_found(
+    chosen: float, others: list[float], near: list[int]
+) -> None:
+    effective = np.float32(1) - np.float32(1 - chosen)
+    steps = np.float32(effective) + np.float32(near) * np.spacing(effective)
+    scores = np.concatenate([np.float32(others), steps.astype(np.float32)]).clip(0, 1)
+    threshold = Threshold()
+    threshold.update(scores, above(chosen, scores))
+    assert (above(threshold.value, scores) == above(chosen, scores)).all()
+
+
 def test_masks_and_pictures_are_of_what_the_model_sees(tmp_path: Path) -> None:
     mask = np.zeros((40, 80), np.uint8)
     mask[:, 40:] = 255
@@ -148,7 +211,7 @@ def test_masks_and_pictures_are_of_what_the_model_sees(tmp_path: Path) -> None:
 
 
 def test_grey_levels_and_patches_hold_their_values() -> None:
-    levels = grey_levels(np.float32([[0, 0.5, 1, 2]]), 0, 1)
+    levels = grey_levels(np.float32([[0, 0.5, 1, 2]]))
     assert levels.tolist() == [[0, 128, 255, 255]]
     assert decoded(data_uri(grey_webp(levels))).tolist() == levels.tolist()
     image = Image.new("RGB", (64, 64))

@@ -8,8 +8,11 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from anomalib_cfa.inspect.inspection import Inspection
+from anomalib_cfa.inspect.inspection import Inspection, inspect_samples
+from anomalib_cfa.inspect.predictors import Prediction
+from anomalib_cfa.inspect.samples import find_samples
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -249,6 +252,33 @@ def test_the_line_to_paste_names_the_thresholds_and_quotes_the_path(page: "playw
     )
     page.click("#reset")
     assert "--image 0.6" in page.inner_text("#line")
+
+
+class Near:
+    """A threshold of 0.3217 for images and pixels, and scores on either side that are near it."""
+
+    view = (0.0, 0.0, 1.0, 1.0)
+    checkpoint = None
+
+    def predict(self, image: Image.Image) -> Prediction:
+        score = np.float32(0.3218 if image.getpixel((0, 0))[0] else 0.3216)
+        scores = np.full((8, 8), score)
+        return Prediction(float(score), scores, bool(score > 0.3217), scores > 0.3217)
+
+
+def test_the_models_own_thresholds_keep_their_decimals(browser: "playwright.Browser", tmp_path: Path) -> None:
+    for kind, red in (("good", 0), ("hole", 255)):
+        (tmp_path / "test" / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / "test" / kind / "000.png")
+    result = inspect_samples(Near(), find_samples(tmp_path), tmp_path / "page.html", "", "", embed=True)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(result.page.as_uri())
+    page.wait_for_selector(".tile")
+    assert page.input_value("#image-threshold") == page.input_value("#pixel-threshold") == "0.3217"
+    assert (facts(page)["missed"], facts(page)["false alarms"]) == ("0 of 1", "0 of 1")
+    assert "--image 0.3217 --pixel 0.3217" in page.inner_text("#line")
+    context.close()
 
 
 def test_names_are_text_and_never_markup(page: "playwright.Page", inspection: Inspection) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from anomalib_cfa import Cfa
 from anomalib_cfa.inspect.__main__ import main
 from anomalib_cfa.inspect.predictors import load_predictor
+from anomalib_cfa.inspect.reasons import find_reason
 from anomalib_cfa.inspect.thresholds import main as set_main
 from anomalib_cfa.inspect.thresholds import set_thresholds
 
@@ -56,9 +57,15 @@ def test_a_checkpoint_and_its_export_call_defective_what_lies_above_the_chosen_t
 def test_what_is_not_given_stays(trained: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "model.ckpt"
     checkpoint.write_bytes(trained.read_bytes())
-    set_thresholds(checkpoint, pixel=0.25)
+    checkpoint.chmod(0o640)
+    link = tmp_path / "link.ckpt"
+    link.symlink_to(checkpoint)
+    set_thresholds(link, pixel=0.25)
     post_processor = Cfa.load_from_checkpoint(checkpoint).post_processor
     assert (post_processor.image_sensitivity, post_processor.pixel_sensitivity) == (0.5, 0.75)
+    assert checkpoint.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.ckpt", "model.ckpt"]
 
 
 def test_the_worst_patch_is_explained_by_a_training_patch(trained: Path, rendered_mvtec: Path) -> None:
@@ -69,6 +76,27 @@ def test_the_worst_patch_is_explained_by_a_training_patch(trained: Path, rendere
     assert all(0 < part < 1 for part in (*reason.place, *reason.normal_place))
     model = Cfa.load_from_checkpoint(trained)
     assert model.training_images == [str(each) for each in sorted(path.parent.iterdir())]
+
+
+@pytest.mark.parametrize("score", ["nearest", "softmin", "calibrated", "local"])
+def test_the_worst_patch_is_the_one_that_scores_highest(score: str) -> None:
+    model = Cfa("resnet18", pre_trained=False, score=score)
+    network = model.model.eval()
+    generator = torch.Generator().manual_seed(0)
+    network.fit([network.pyramid(torch.rand(4, 3, 64, 64, generator=generator))])
+    pyramid = network.pyramid(torch.rand(20, 3, 64, 64, generator=generator))
+    descriptors = network.describe(pyramid)
+    assert find_reason(model, descriptors[0]) is None  # the training images are not known
+    model.training_images = [f"{index}.png" for index in range(4)]
+    for described, scores in zip(descriptors, network.patch_scores(pyramid)[1], strict=True):
+        height, width = scores.shape
+        row, column = divmod(int(scores.argmax()), width)
+        reason = find_reason(model, described)
+        assert reason.place == ((column + 0.5) / width, (row + 0.5) / height)
+        _, nearest = network.memory_bank.nearest(described[None], 1)
+        assert reason.normal.name == f"{network.memory_bank.sources[nearest[0, row, column, 0], 0]}.png"
+    network.memory_bank.assign(network.memory_bank.centers)  # as a bank of means, which has no sources
+    assert find_reason(model, descriptors[0]) is None
 
 
 def test_the_command_writes_a_page(trained: Path, rendered_mvtec: Path, tmp_path: Path, capsys) -> None:
