@@ -1,4 +1,5 @@
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,27 @@ def openvino_path(model, tmp_path_factory) -> Path:
     return model.to_openvino(tmp_path_factory.mktemp("openvino"))
 
 
+@pytest.fixture(scope="module")
+def onnx_files() -> dict[tuple[int, object], Path]:
+    """What was exported, by the model and the input size."""
+    return {}
+
+
+@pytest.fixture
+def exported_once(onnx_files, monkeypatch, tmp_path_factory) -> None:
+    """Lets OpenVINO exports of one model start from one ONNX file, where a test is of what follows."""
+    export = Cfa.to_onnx
+
+    def to_onnx(self, export_root, model_file_name="model", input_size=None):
+        key = (id(self), input_size)
+        if key not in onnx_files:
+            onnx_files[key] = export(self, tmp_path_factory.mktemp("once"), input_size=input_size)
+        export_root.mkdir()
+        return shutil.copy(onnx_files[key], export_root / f"{model_file_name}.onnx")
+
+    monkeypatch.setattr(Cfa, "to_onnx", to_onnx)
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -81,6 +103,7 @@ def test_openvino_agrees_for_images_of_any_size_and_number(model, openvino_path)
             assert_agree(run_openvino(openvino_path, image), predict(model, image))
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_openvino_computes_nothing_but_ones_in_bfloat16(model, tmp_path, monkeypatch):
     """Of the loop's body, as what a loop holds cannot be looked into once it is compiled."""
     import openvino
@@ -150,6 +173,7 @@ def test_openvino_computes_in_float32_where_it_would_not(openvino_path):
     assert_agree(low, full, tolerance=1e-6)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_half_precision_leaves_the_backbone_alone_to_openvino(unclamped, openvino_path, tmp_path):
     import openvino
 
@@ -260,6 +284,7 @@ def _mvtec(root: Path) -> MVTecAD:
     return MVTecAD(root, category="tile", train_batch_size=2, eval_batch_size=2, num_workers=0)
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("compression_type", [CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
 def test_compressed_models_are_smaller_and_agree(unclamped, openvino_path, compression_type, rendered_mvtec, tmp_path):
     pytest.importorskip("nncf")
@@ -267,6 +292,7 @@ def test_compressed_models_are_smaller_and_agree(unclamped, openvino_path, compr
     assert_smaller_and_alike(path, openvino_path, unclamped)
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("compression_type", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
 def test_quantization_sees_training_images_only_and_each_as_the_model_does(
     compression_type, model, rendered_mvtec, tmp_path, monkeypatch
@@ -294,6 +320,7 @@ def test_quantization_sees_training_images_only_and_each_as_the_model_does(
         assert len(examples) + len(seen["calibration"]) == len(datamodule.train_data)
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_accuracy_control_takes_a_metric_of_ones_own(model, rendered_mvtec, tmp_path):
     pytest.importorskip("nncf")
     metric = AUROC(fields=["anomaly_map", "gt_mask"])
