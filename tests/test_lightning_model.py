@@ -1,12 +1,14 @@
 import copy
 import logging
 import pickle
+from contextlib import nullcontext
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.data.transforms import SquarePad
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -16,6 +18,7 @@ from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.lightning_model import DEFAULT_EPOCHS
+from anomalib_cfa.training.loaders import check_images
 
 
 class Losses(Callback):
@@ -298,6 +301,10 @@ def test_images_of_different_sizes_without_a_resize_to_one_are_refused(tmp_path,
     model = tiny_cfa(pre_processor=PreProcessor(transform), image_size=None)
     with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
+    datamodule.train_data.augmentations = v2.Compose([SquarePad(), *resize])
+    of_squares = nullcontext() if resize else pytest.raises(ValueError, match="pre_processor must resize")
+    with of_squares:
+        check_images(datamodule.train_dataloader(), None)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])

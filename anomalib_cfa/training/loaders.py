@@ -7,7 +7,7 @@ from typing import Any
 
 from anomalib.data import AnomalibDataset
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
-from anomalib.data.transforms import ExportableCenterCrop
+from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from PIL import Image
@@ -174,9 +174,11 @@ def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
 
 
 def _gives_one_size(transform: Transform | None) -> bool:
-    """Whether images of any size come out in one. A resize of the shorter side alone keeps the images' proportions."""
+    """Whether images of any size come out in one. A resize of the shorter side alone does so of square ones only."""
     if isinstance(transform, v2.Compose):
-        return any(map(_gives_one_size, transform.transforms))
+        kinds = [type(part) for part in transform.transforms]
+        squared = SquarePad in kinds and v2.Resize in kinds[kinds.index(SquarePad) :]
+        return squared or any(map(_gives_one_size, transform.transforms))
     if isinstance(transform, v2.Resize):
         return transform.size is not None and len(transform.size) == 2
     return isinstance(transform, v2.CenterCrop | v2.RandomCrop | v2.RandomResizedCrop | ExportableCenterCrop)

@@ -14,7 +14,7 @@ import yaml
 from anomalib.data import MVTecAD
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from exporting import assert_agree, predict, run_openvino
+from exporting import assert_agree, predict, run_onnx, run_openvino
 from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
@@ -65,12 +65,14 @@ def test_a_model_of_which_nothing_is_named_becomes_the_trained_one(trained, rend
     assert re.search(r"From the checkpoint: backbone 'test_resnet.r160_in1k', .*image_size 96", caplog.text)
 
 
-def test_an_export_needs_nothing_but_the_checkpoint(trained, tmp_path):
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("export_type", ["onnx", "openvino"])
+def test_an_export_needs_nothing_but_the_checkpoint(trained, tmp_path, export_type):
+    pytest.importorskip("onnxruntime" if export_type == "onnx" else "openvino")
     model, path = trained
-    exported = engine(tmp_path).export(Cfa(**NOTHING), "openvino", export_root=tmp_path, ckpt_path=path)
+    exported = engine(tmp_path).export(Cfa(**NOTHING), export_type, export_root=tmp_path, ckpt_path=path)
     image = noise(1, 90, 75)
-    assert_agree(run_openvino(exported, image), predict(model.eval(), image))
+    run = run_onnx if export_type == "onnx" else run_openvino
+    assert_agree(run(exported, image), predict(model.eval(), image))
 
 
 def test_test_and_validation_of_it_give_the_same_metrics(trained, rendered_mvtec, tmp_path):
