@@ -1,6 +1,7 @@
 import pytest
 import torch
 from exporting import assert_agree, fitted, predict, run_onnx, run_openvino, tiny
+from soak import SOAK
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
@@ -34,6 +35,7 @@ def test_a_transformer_agrees_in_openvino(model, openvino_path):
     assert_agrees_at_any_size(run_openvino, openvino_path, model)
 
 
+@pytest.mark.skipif(not SOAK, reason="one more export: make soak")
 def test_a_transformer_whose_position_embedding_grows_along_one_side_agrees(tmp_path):
     model = fitted(tiny(backbone=BACKBONE, image_size=[144, 192]))
     assert_agrees_at_any_size(run_openvino, model.to_openvino(tmp_path), model)

@@ -2,8 +2,9 @@
 
 import csv
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -36,21 +37,36 @@ def browser() -> Iterator["playwright.Browser"]:
         opened.close()
 
 
-@pytest.fixture
-def page(browser: "playwright.Browser", inspection: Inspection) -> Iterator["playwright.Page"]:
-    """The page, opened from the disk; it must not complain, nor ask for anything that is not its own."""
-    context = browser.new_context(viewport={"width": 1300, "height": 850}, accept_downloads=True)
-    page = context.new_page()
-    complaints, requests = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(inspection.page.as_uri())
-    page.wait_for_selector(".tile")
-    yield page
-    page.wait_for_timeout(50)
+@pytest.fixture(scope="module")
+def tab(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
+    """A tab of the browser for all tests: a new one takes longer than most of them."""
+    context = browser.new_context(accept_downloads=True)
+    yield context.new_page()
     context.close()
+
+
+@pytest.fixture
+def page(tab: "playwright.Page", inspection: Inspection) -> Iterator["playwright.Page"]:
+    """The page, opened anew from the disk; it must not complain, nor ask for anything that is not its own."""
+    complaints: list[str] = []
+    requests: list[str] = []
+    listeners: dict[str, Callable[[Any], None]] = {
+        "console": lambda message: complaints.append(message.text),
+        "pageerror": lambda error: complaints.append(str(error)),
+        "request": lambda request: requests.append(request.url),
+    }
+    tab.goto("about:blank")  # from there an address is loaded, whatever the fragment
+    tab.set_viewport_size({"width": 1300, "height": 850})
+    for event, listener in listeners.items():
+        tab.on(event, listener)
+    tab.goto(inspection.page.as_uri())
+    tab.wait_for_selector(".tile")
+    yield tab
+    tab.wait_for_timeout(50)
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     folder = inspection.page.parent.as_uri()
+    assert requests[0] == inspection.page.as_uri()
     assert complaints == []
     assert [url for url in requests if not url.startswith((folder, "data:", "blob:"))] == []
 
@@ -71,44 +87,46 @@ def names(page: "playwright.Page") -> list[str]:
     return page.evaluate("order.map((index) => images[index].name)")
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.555, 0.8, 1.0])
-def test_the_slider_changes_the_counts_to_what_python_computes(page: "playwright.Page", threshold: float) -> None:
-    slide(page, "#image-slider", threshold)
-    missed = sum(score <= threshold for score in DEFECTIVE.values())
-    alarms = sum(score > threshold for score in NORMAL.values())
-    found = len(DEFECTIVE) - missed
-    assert facts(page) == {
-        "missed": f"{missed} of 30",
-        "false alarms": f"{alarms} of 40",
-        "precision": f"{100 * found / (found + alarms):.1f} %" if found + alarms else "\u2013",
-        "recall": f"{100 * found / 30:.1f} %",
-    }
-    assert page.inner_text("#image-found") == f"{100 * alarms / 40:.1f} %"
-    assert page.input_value("#image-threshold") == f"{threshold:g}"
+def test_the_slider_changes_the_counts_to_what_python_computes(page: "playwright.Page") -> None:
+    for threshold in (0.0, 0.3, 0.555, 0.8, 1.0):
+        slide(page, "#image-slider", threshold)
+        missed = sum(score <= threshold for score in DEFECTIVE.values())
+        alarms = sum(score > threshold for score in NORMAL.values())
+        found = len(DEFECTIVE) - missed
+        assert facts(page) == {
+            "missed": f"{missed} of 30",
+            "false alarms": f"{alarms} of 40",
+            "precision": f"{100 * found / (found + alarms):.1f} %" if found + alarms else "\u2013",
+            "recall": f"{100 * found / 30:.1f} %",
+        }
+        assert page.inner_text("#image-found") == f"{100 * alarms / 40:.1f} %"
+        assert page.input_value("#image-threshold") == f"{threshold:g}"
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.4, 0.7])
-def test_the_pixel_slider_counts_pixels(page: "playwright.Page", threshold: float) -> None:
-    slide(page, "#pixel-slider", threshold)
-    value = np.float32(threshold)
-    levels = [(np.float32(100 + 5 * index) / np.float32(255), np.float32(90 + 4 * index) / 255) for index in range(30)]
-    found = 200 * sum(large > value for large, _ in levels)
-    alarms = 16 * (sum(small > value for _, small in levels) + sum(score > value for score in NORMAL.values()))
-    ground = threshold < 20 / 255
-    assert not ground or threshold == 0.05
-    if ground:
-        alarms = 70 * 48 * 64 - 30 * 200
-    assert facts(page, "pixel")["recall"] == f"{100 * found / 6000:.1f} %"
-    assert facts(page, "pixel")["precision"] == f"{100 * found / (found + alarms):.1f} %"
+def test_the_pixel_slider_counts_pixels(page: "playwright.Page") -> None:
+    for threshold in (0.05, 0.4, 0.7):
+        slide(page, "#pixel-slider", threshold)
+        value = np.float32(threshold)
+        levels = [
+            (np.float32(100 + 5 * index) / np.float32(255), np.float32(90 + 4 * index) / 255) for index in range(30)
+        ]
+        found = 200 * sum(large > value for large, _ in levels)
+        alarms = 16 * (sum(small > value for _, small in levels) + sum(score > value for score in NORMAL.values()))
+        ground = threshold < 20 / 255
+        assert not ground or threshold == 0.05
+        if ground:
+            alarms = 70 * 48 * 64 - 30 * 200
+        assert facts(page, "pixel")["recall"] == f"{100 * found / 6000:.1f} %"
+        assert facts(page, "pixel")["precision"] == f"{100 * found / (found + alarms):.1f} %"
 
 
-@pytest.mark.parametrize("rate", [0, 5, 12.5, 60, 100])
-def test_the_rate_asked_for_is_kept_by_the_lowest_threshold(page: "playwright.Page", rate: float) -> None:
-    page.fill("#image-asked", str(rate))
-    threshold = float(page.input_value("#image-threshold"))
-    alarms = sum(score > threshold for score in NORMAL.values())
-    assert alarms <= rate / 100 * 40
-    assert threshold == 0 or sum(score > threshold - 2e-4 for score in NORMAL.values()) > rate / 100 * 40
+def test_the_rate_asked_for_is_kept_by_the_lowest_threshold(page: "playwright.Page") -> None:
+    for rate in (0, 5, 12.5, 60, 100):
+        page.fill("#image-asked", str(rate))
+        threshold = float(page.input_value("#image-threshold"))
+        alarms = sum(score > threshold for score in NORMAL.values())
+        assert alarms <= rate / 100 * 40
+        assert threshold == 0 or sum(score > threshold - 2e-4 for score in NORMAL.values()) > rate / 100 * 40
 
 
 def test_the_pixel_rate_asked_for_is_kept_by_the_lowest_threshold(page: "playwright.Page") -> None:
@@ -266,19 +284,16 @@ class Near:
         return Prediction(float(score), scores, bool(score > 0.3217), scores > 0.3217)
 
 
-def test_the_models_own_thresholds_keep_their_decimals(browser: "playwright.Browser", tmp_path: Path) -> None:
+def test_the_models_own_thresholds_keep_their_decimals(tab: "playwright.Page", tmp_path: Path) -> None:
     for kind, red in (("good", 0), ("hole", 255)):
         (tmp_path / "test" / kind).mkdir(parents=True)
         Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / "test" / kind / "000.png")
     result = inspect_samples(Near(), find_samples(tmp_path), tmp_path / "page.html", "", "", embed=True)
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(result.page.as_uri())
-    page.wait_for_selector(".tile")
-    assert page.input_value("#image-threshold") == page.input_value("#pixel-threshold") == "0.3217"
-    assert (facts(page)["missed"], facts(page)["false alarms"]) == ("0 of 1", "0 of 1")
-    assert "--image 0.3217 --pixel 0.3217" in page.inner_text("#line")
-    context.close()
+    tab.goto(result.page.as_uri())
+    tab.wait_for_selector(".tile")
+    assert tab.input_value("#image-threshold") == tab.input_value("#pixel-threshold") == "0.3217"
+    assert (facts(tab)["missed"], facts(tab)["false alarms"]) == ("0 of 1", "0 of 1")
+    assert "--image 0.3217 --pixel 0.3217" in tab.inner_text("#line")
 
 
 def test_names_are_text_and_never_markup(page: "playwright.Page", inspection: Inspection) -> None:
@@ -288,10 +303,12 @@ def test_names_are_text_and_never_markup(page: "playwright.Page", inspection: In
     assert unquote(page.url).startswith("file://")
 
 
-@pytest.mark.parametrize("width", [360, 820, 1300])
-def test_no_width_needs_scrolling_sideways(page: "playwright.Page", width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 800})
-    page.wait_for_timeout(100)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.evaluate("openViewer(order[0])")
-    assert page.evaluate("document.querySelector('#viewer').scrollWidth") <= width
+def test_no_width_needs_scrolling_sideways(page: "playwright.Page") -> None:
+    for width in (360, 820, 1300):
+        page.keyboard.press("Escape")  # the image of the width before
+        page.wait_for_selector("#viewer", state="hidden")
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(100)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.evaluate("openViewer(order[0])")
+        assert page.evaluate("document.querySelector('#viewer').scrollWidth") <= width

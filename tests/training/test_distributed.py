@@ -19,6 +19,8 @@ from soak import SOAK
 from anomalib_cfa import Cfa
 from anomalib_cfa.demo.render import render_mvtec
 
+IN_SOAK = pytest.mark.skipif(not SOAK, reason="several processes take long: make soak")
+PROCESSES = [2, pytest.param(3, marks=IN_SOAK)]
 SCRIPT = Path(__file__).parents[1] / "support/distributed_fit.py"
 
 
@@ -63,7 +65,7 @@ def fits(images, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_processes_share_one_bank_and_train_as_one_would(fits, processes):
     _, (alone,) = fits(1)
     _, together = fits(processes)
@@ -74,7 +76,7 @@ def test_processes_share_one_bank_and_train_as_one_would(fits, processes):
     torch.testing.assert_close(losses[0], alone["losses"][0], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_metrics_of_several_processes_are_those_of_one(images, fits, tmp_path, processes):
     folder, _ = fits(processes)
     model = Cfa.load_from_checkpoint((folder / "checkpoint").read_text())
@@ -82,9 +84,6 @@ def test_metrics_of_several_processes_are_those_of_one(images, fits, tmp_path, p
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
     (expected,) = engine.test(model, datamodule=datamodule)
     assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(expected, abs=1e-5)
-
-
-IN_SOAK = pytest.mark.skipif(not SOAK, reason="several processes take long: make soak")
 
 
 @pytest.mark.parametrize("bank", ["kmeans", pytest.param("ema", marks=IN_SOAK)])
@@ -141,7 +140,7 @@ def is_running(pid):
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_what_the_bank_sums_over_processes_is_as_documented(fits, processes):
     """The sizes that docs/distributed.md states, and not more with more processes."""
     folder, (state, *_) = fits(processes)
