@@ -1,15 +1,12 @@
 """Scores of patches -> anomaly map and score of the image."""
 
-from typing import Any
-
 import torch
 from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cfa.resize import resize_weights
+from anomalib_cfa.resize import kept, resize_weights
 
-_SIZES_KEPT = 4  # along an axis: one for each axis of an image and of its central view
 _PARTS = 8  # the central view is 7 of 8 parts of a side: the paper's 224 of 256 pixels
 
 
@@ -50,20 +47,9 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float = 4.0) -> None:
         super().__init__()
-        taps = compute_kernel_size(sigma)
-        offsets = torch.arange(taps, dtype=torch.float64) - taps // 2  # in float32 a tiny sigma is zero
-        kernel = torch.exp(-(offsets / sigma).square() / 2)
-        self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
-        self.min_image_size = taps // 2 + 1  # the blur reflects at the border
-        self._weights: dict[tuple[int, int], Tensor] = {}  # of the sizes last seen: costlier than what they are for
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weights": {}}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "AnomalyMapGenerator":  # noqa: ANN401
-        self._weights = {}
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self
+        self.sigma = sigma
+        self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)  # a constant of exported graphs
+        self.min_image_size = len(self.kernel) // 2 + 1  # the blur reflects at the border
 
     def forward(self, scores: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Make the anomaly map.
@@ -75,21 +61,27 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             Anomaly maps of shape (B, *image_size).
         """
-        rows, columns = map(self._axis_weights, scores.shape[1:], image_size)
+        rows, columns = (
+            smoothed_resize_weights(patches, pixels, self.kernel)
+            if torch.compiler.is_exporting()
+            else _kept_weights(patches, pixels, self.sigma, like=scores)
+            for patches, pixels in zip(scores.shape[1:], image_size, strict=True)
+        )
         anomaly_map: Tensor = rows.T[None] @ scores @ columns[None]
         return anomaly_map
 
-    def _axis_weights(self, patches: int, pixels: int) -> Tensor:
-        if torch.compiler.is_exporting():
-            return smoothed_resize_weights(patches, pixels, self.kernel)
-        weights = self._weights.get((patches, pixels))
-        if weights is None:
-            with torch.inference_mode(False):
-                weights = smoothed_resize_weights(patches, pixels, self.kernel)
-            if len(self._weights) >= _SIZES_KEPT:
-                self._weights = {}
-            self._weights[patches, pixels] = weights
-        return weights
+
+def gaussian_kernel(sigma: float) -> Tensor:
+    """A Gaussian of this standard deviation in pixels, cut off where anomalib cuts its own; it sums to 1."""
+    taps = compute_kernel_size(sigma)
+    offsets = torch.arange(taps, dtype=torch.float64) - taps // 2  # in float32 a tiny sigma is zero
+    kernel = torch.exp(-(offsets / sigma).square() / 2)
+    return (kernel / kernel.sum()).float()
+
+
+@kept
+def _kept_weights(size: int, new_size: int, sigma: float) -> Tensor:
+    return smoothed_resize_weights(size, new_size, gaussian_kernel(sigma))
 
 
 def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from anomalib_cfa.resize import resize_weights
+from anomalib_cfa.resize import kept, resize_weights
 from anomalib_cfa.whitening import whitening
 
 # Standard deviation to which the features of other backbones and layers are scaled for a whitened start: that of the
@@ -112,7 +112,7 @@ class PatchDescriptor(nn.Module):
         finest, *coarser, of_y, of_x, offset = self._exported if torch.compiler.is_exporting() else self._parts()
         maps = [rearrange(level, "b c h w -> b h w c") for level in pyramid]
         batch, height, width, _ = maps[0].shape
-        y, x = (coordinates(size).to(maps[0]) for size in (height, width))
+        y, x = (coordinates(size, like=maps[0]) for size in (height, width))
         # The coordinates are a level of two columns, for 1 and x: added on, an exported graph would hold them for all
         # patches. A factor of ones keeps float32 in OpenVINO, where "expand" would not.
         of_one = y @ of_y + offset
@@ -122,7 +122,7 @@ class PatchDescriptor(nn.Module):
         for level, level_weight in zip(maps[1:], coarser, strict=True):
             projected = (level @ level_weight).flatten(2)
             to_height, to_width = (
-                resize_weights(size, new_size, antialias=False, dtype=level.dtype, device=level.device)
+                upsampling(size, new_size, like=level)
                 for size, new_size in zip(level.shape[1:3], (height, width), strict=True)
             )
             rows.append((to_height[None] @ projected).reshape(batch, height, level.shape[2], -1))
@@ -131,9 +131,16 @@ class PatchDescriptor(nn.Module):
         return described
 
 
+@kept
 def coordinates(size: int) -> Tensor:
     """Coordinates of ``size`` patches along an axis, from -1 to 1, of shape (size, 1). A single one has 0."""
     centred = (2 * torch.arange(size)[:, None] - (size - 1)).float()
     steps: Any = torch.sym_max(size - 1, 1)
     scaled: Tensor = centred * (1 / steps)
     return scaled
+
+
+@kept
+def upsampling(size: int, new_size: int) -> Tensor:
+    """Weights that resize an axis as in the plain formula, of shape (new_size, size)."""
+    return resize_weights(size, new_size, antialias=False)

@@ -6,6 +6,7 @@ ONNX. Here the exported graph resizes by two matrix products, which every runtim
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -40,6 +41,32 @@ _KERNELS: dict[tuple[InterpolationMode, bool], _Kernel] = {
 }
 
 _INTERPOLATE = inspect.signature(F.interpolate)
+_KEPT = 16  # matrices; an image and its central view need four to eight
+
+
+def kept(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what a function of sizes gave for those it saw last: it costs more than the product that it is for.
+
+    Args:
+        weights: Gives a matrix on the CPU, in float32, for hashable arguments.
+
+    Returns:
+        The same function with one more argument, ``like``: a tensor with the data type and device to give it in.
+    """
+
+    @lru_cache(maxsize=_KEPT)
+    def keep(dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
+        # Whoever asks first may be in a mode that those who ask later are not.
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            return weights(*arguments).to(device, dtype)
+
+    @wraps(weights)
+    def kept_weights(*arguments: float, like: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # sizes may be symbols, and a graph computes or folds them itself
+            return weights(*arguments).to(like)
+        return keep(like.dtype, like.device, *arguments)
+
+    return kept_weights
 
 
 def resize_weights(
