@@ -21,6 +21,17 @@ def test_map_is_upsampled_and_smoothed_as_one_two_dimensional_gaussian_would(siz
     torch.testing.assert_close(AnomalyMapGenerator(4.0)(scores, size), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_mode_in_which_a_size_is_first_seen_does_not_matter_later():
+    scores, size = torch.rand(1, 11, 13, requires_grad=True), (83, 97)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        AnomalyMapGenerator(3.0)(scores, size)
+    anomaly_map = AnomalyMapGenerator(3.0)(scores, size)
+    anomaly_map.sum().backward()
+    with torch.no_grad():
+        expected = GaussianBlur2d(sigma=3)(F.interpolate(scores[:, None], size, mode="bilinear")).squeeze(1)
+    torch.testing.assert_close(anomaly_map.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("sigma", [1e-300, 2.0])
 def test_constant_scores_stay_constant(sigma):
     torch.testing.assert_close(
