@@ -1,6 +1,7 @@
 """Patch descriptor: pooled feature pyramid -> target-oriented patch descriptors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,10 +91,15 @@ class PatchDescriptor(nn.Module):
         offset = self.bias - feature_weight @ self.feature_mean
         return torch.cat([feature_weight, coordinate_weight], dim=1), offset
 
-    @torch.no_grad()
-    def prepare_export(self) -> None:
-        """Work out the weights, which an exported graph would compute from others, in bfloat16 in OpenVINO."""
-        self._exported = [part.contiguous().clone() for part in self._parts()]
+    @contextmanager
+    def exportable(self) -> Iterator[None]:
+        """Work out the weights for an export: its graph would compute them from others, in bfloat16 in OpenVINO."""
+        with torch.no_grad():
+            self._exported = [part.contiguous().clone() for part in self._parts()]
+        try:
+            yield
+        finally:
+            self._exported = []
 
     def _parts(self) -> list[Tensor]:
         """Weights of each level, of shape (C_l, D), of y and of x, of shape (1, D), and the offset, of shape (D,)."""
@@ -109,7 +115,7 @@ class PatchDescriptor(nn.Module):
         Returns:
             Patch descriptors of shape (B, h, w, D), h and w being the finest level's.
         """
-        finest, *coarser, of_y, of_x, offset = self._exported if torch.compiler.is_exporting() else self._parts()
+        finest, *coarser, of_y, of_x, offset = self._exported or self._parts()
         maps = [rearrange(level, "b c h w -> b h w c") for level in pyramid]
         batch, height, width, _ = maps[0].shape
         y, x = (coordinates(size, like=maps[0]) for size in (height, width))

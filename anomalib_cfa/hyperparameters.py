@@ -43,6 +43,11 @@ def _integer(least: int) -> Rule:
     return f"an integer of at least {least}", lambda value: _is_integer(value, least)
 
 
+def _neighbors(least: int) -> Rule:
+    most = 256  # the search compares a patch with about a thousand centres
+    return f"an integer from {least} to {most}", lambda value: _is_integer(value, least) and value <= most
+
+
 def _above_zero(most: int) -> Rule:
     return f"a number above 0 and at most {most}", lambda value: _is_number(value) and 0 < value <= most
 
@@ -69,8 +74,8 @@ RULES: dict[str, Rule] = {
     "backbone": ("the name of a timm model", _is_text),
     "gamma_c": ("None or a number above 0", lambda value: value is None or (_is_number(value) and value > 0)),
     "gamma_d": _integer(1),
-    "num_nearest_neighbors": _integer(1),
-    "num_hard_negative_features": _integer(0),
+    "num_nearest_neighbors": _neighbors(1),
+    "num_hard_negative_features": _neighbors(0),
     "radius": _from_zero(1000),  # a patch lies at a distance of about 1
     "pre_processor": _component("a torch module such as anomalib's PreProcessor", nn.Module),
     "post_processor": _component("a torch module such as anomalib's PostProcessor", nn.Module),
@@ -104,7 +109,10 @@ RULES: dict[str, Rule] = {
     ),
     "image_size": _SIZE,
     "center_crop_size": _SIZE,
-    "false_alarm_rate": ("a number above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1),
+    "false_alarm_rate": (  # at the median a range would be empty
+        "a number above 0 and below 0.5",
+        lambda value: _is_number(value) and 0 < value < 0.5,
+    ),
     "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
 }
 

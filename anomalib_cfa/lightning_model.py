@@ -154,6 +154,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         self.worst_fitting: WorstFitting = []  # training images that stand out, and their scores, the worst first
         self._features: TrainingFeatures | None = None
         self._out_of_bag: OutOfBagScores | None = None
+        self._limit_val_batches: int | float | None = None
         # Anomalib's command line shows this line: two packages have a Cfa.
         logger.info("This Cfa is that of anomalib-cfa %s, not anomalib's own", version("anomalib-cfa"))
 
@@ -226,14 +227,16 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
 
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
-        do_without_validation(self.trainer)
+        self._limit_val_batches = do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
             seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
             self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
             write_whole_files(self.trainer.strategy)
 
     def teardown(self, stage: str) -> None:
-        """Give the data module back as it was, and forget the kept features."""
+        """Give trainer and data module back as they were, and forget the kept features."""
+        if self._limit_val_batches is not None:
+            self.trainer.limit_val_batches = self._limit_val_batches
         if stage == TrainerFn.FITTING and self._features is not None:
             self._features.detach()
             self._features = self._out_of_bag = None
@@ -327,6 +330,11 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             for predictions in out_of_bag.predictions():
                 post_processor.update(predictions)
             post_processor.finish("training images, each scored without the centres that it gave")
+            if self.model.center_view:
+                logger.warning(
+                    "The training images were scored without their central view, which lowers scores: the thresholds "
+                    "are probably too high. Hold normal images out for validation to have them from both views"
+                )
 
     def _finish_calibration(self) -> None:
         processes = Processes.of(self.trainer.strategy)

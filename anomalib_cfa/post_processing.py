@@ -24,10 +24,12 @@ class OneClassPostProcessor(PostProcessor):
 
     If there are defects among the validation images, thresholds and range are anomalib's, by the best F1. Otherwise the
     thresholds are such that a stated share of the normal images, and of their pixels, lies above them. The range is
-    such that the normalized score is 1/2 at the threshold, as it always is, and 1/3 at the median.
+    such that the normalized score is 1/2 at the threshold, as it always is, and 1/3 at the median. Where there are
+    defects, but no masks of them, that of pixels comes from the normal images too: anomalib would take the image's,
+    which may be on another scale.
 
     Args:
-        false_alarm_rate: That share, above 0 and below 1.
+        false_alarm_rate: That share, above 0 and below 0.5.
         **kwargs: Anomalib's own arguments.
 
     Raises:
@@ -64,18 +66,8 @@ class OneClassPostProcessor(PostProcessor):
         """
         if not self._image_scores.update_called:
             return
-        count = 0
-        for name, metric in (("pixel", self._pixel_scores), ("image", self._image_scores)):
-            scores = metric.compute().flatten()
-            metric.reset()
-            count = len(scores)
-            threshold = threshold_at_rate(scores, self.false_alarm_rate)
-            half_range = _RANGE * (threshold - scores.median())
-            if self.enable_thresholding:
-                getattr(self, f"_{name}_threshold").copy_(threshold)
-            if self.enable_normalization:
-                getattr(self, f"{name}_min").copy_(threshold - half_range)
-                getattr(self, f"{name}_max").copy_(threshold + half_range)
+        self._finish("pixel", self._pixel_scores)
+        count = self._finish("image", self._image_scores)
         logger.info(
             "The thresholds come from %d %s, for false alarms at %g %% of normal images and of their pixels",
             count,
@@ -92,6 +84,19 @@ class OneClassPostProcessor(PostProcessor):
                 needed,
             )
 
+    def _finish(self, name: str, metric: CatMetric) -> int:
+        """Set threshold and range of images or pixels, and say how many there were."""
+        scores = metric.compute().flatten()
+        metric.reset()
+        threshold = threshold_at_rate(scores, self.false_alarm_rate)
+        half_range = _RANGE * (threshold - scores.median())
+        if self.enable_thresholding:
+            getattr(self, f"_{name}_threshold").copy_(threshold)
+        if self.enable_normalization:
+            getattr(self, f"{name}_min").copy_(threshold - half_range)
+            getattr(self, f"{name}_max").copy_(threshold + half_range)
+        return len(scores)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -104,14 +109,22 @@ class OneClassPostProcessor(PostProcessor):
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         if isinstance(outputs, ImageBatch) and outputs.gt_label is not None:
             self._defects.update(outputs.gt_label.float())
-            self.update(outputs)
+            normal = ~outputs.gt_label.bool()
+            scores: Any = outputs.pred_score
+            maps: Any = outputs.anomaly_map
+            if normal.any():
+                self.update(InferenceBatch(pred_score=scores[normal], anomaly_map=maps[normal]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and range: anomalib's if there was a defect."""
         if self._defects.update_called and not self._defects.compute():
             self.finish("normal validation images")
         else:
+            masked = self._pixel_threshold_metric.update_called or not self.enable_thresholding
             super().on_validation_epoch_end(trainer, pl_module)
+            if not masked and self._pixel_scores.update_called:
+                self._finish("pixel", self._pixel_scores)
+                logger.info("No mask says where the defects are: the pixel threshold comes from normal images")
         for child in self.children():
             if isinstance(child, Metric):
                 child.reset()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Resampling
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, v2
@@ -57,12 +57,13 @@ def kept(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @lru_cache(maxsize=_KEPT)
     def keep(dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
         # Whoever asks first may be in a mode that those who ask later are not.
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
             return weights(*arguments).to(device, dtype)
 
     @wraps(weights)
     def kept_weights(*arguments: float, like: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # sizes may be symbols, and a graph computes or folds them itself
+        # A graph computes or folds them itself: there sizes may be symbols, and tensors stand-ins without values.
+        if torch.compiler.is_compiling() or type(like) not in {Tensor, nn.Parameter}:
             return weights(*arguments).to(like)
         return keep(like.dtype, like.device, *arguments)
 

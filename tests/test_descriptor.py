@@ -59,3 +59,14 @@ def test_output_is_contiguous_patches_by_channels():
     described = PatchDescriptor([3, 5], 4)([torch.rand(2, 3, 8, 6), torch.rand(2, 5, 4, 3)])
     assert described.shape == (2, 8, 6, 4)
     assert described.is_contiguous()
+
+
+def test_an_export_leaves_the_weights_to_what_follows():
+    descriptor, pyramid = PatchDescriptor([4], width=4), [torch.rand(1, 4, 3, 3)]
+    with torch.no_grad():
+        with descriptor.exportable():
+            before = torch.export.export(descriptor, (pyramid,)).module()(pyramid)
+        descriptor.weight.mul_(2)
+        descriptor.bias.mul_(2)
+        after = torch.export.export(descriptor, (pyramid,)).module()(pyramid)
+        torch.testing.assert_close(after, 2 * before)

@@ -37,7 +37,7 @@ RIGHT = {
     "lr": [1e-3],
     "weight_decay": [0, 5e-4],
     "seed": [0, 42],
-    "false_alarm_rate": [0.01, 0.5],
+    "false_alarm_rate": [0.01, 0.49],
     "feature_budget": [0, 1.5],
 }
 WRONG = {
@@ -67,7 +67,7 @@ WRONG = {
     "lr": [0, 2**64, math.inf],
     "weight_decay": [-1, 2**64],
     "seed": [-1, 0.5, None],
-    "false_alarm_rate": [0, 1, -0.1, math.nan, "1%"],
+    "false_alarm_rate": [0, 0.5, -0.1, math.nan, "1%"],
     "feature_budget": [-1, math.nan],
 }
 

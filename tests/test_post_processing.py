@@ -69,6 +69,20 @@ def test_with_defects_among_the_validation_images_all_is_as_anomalibs_own():
         assert torch.equal(ours.state_dict()[name], value), name
 
 
+def test_without_masks_the_pixel_threshold_comes_from_the_normal_images():
+    processor = OneClassPostProcessor(0.1)
+    normal, defective = batch([float(score) for score in range(99)], [False] * 99), batch([500.0], [True])
+    for one in (normal, defective):
+        one.gt_mask = None
+        one.anomaly_map = one.anomaly_map / 1000  # on another scale than the image's score, as with score="local"
+        processor.on_validation_batch_end(None, None, one, None, 0)
+    processor.on_validation_epoch_end(None, None)
+    assert processor.image_threshold > 98
+    assert processor.pixel_threshold == pytest.approx(0.089)
+    maps = processor(InferenceBatch(pred_score=torch.zeros(2), anomaly_map=torch.tensor([0.08, 0.5])[:, None, None]))
+    assert maps.pred_mask.flatten().tolist() == [False, True]
+
+
 def test_a_validation_forgets_the_one_before():
     processor = validated(OneClassPostProcessor(0.1), [50.0] * 20, [False] * 20)
     validated(processor, [1.0, 9.0], [False, True])
@@ -85,9 +99,9 @@ def test_what_is_switched_off_is_not_set():
     assert processor.image_threshold >= 2
 
 
-@pytest.mark.parametrize("rate", [0, 1, -0.1, math.nan, "0.01", True])
+@pytest.mark.parametrize("rate", [0, 0.5, 1, -0.1, math.nan, "0.01", True])
 def test_a_rate_out_of_range_is_refused(rate):
-    with pytest.raises(ValueError, match=r"^false_alarm_rate must be a number above 0 and below 1, but is "):
+    with pytest.raises(ValueError, match=r"^false_alarm_rate must be a number above 0 and below 0\.5, but is "):
         OneClassPostProcessor(rate)
 
 

@@ -8,13 +8,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from soak import SOAK
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F  # noqa: N812
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as v2_functional
 
 from anomalib_cfa.pre_processing import exportable_transform
-from anomalib_cfa.resize import _KERNELS, ExportableResize, resize_weights
+from anomalib_cfa.resize import _KERNELS, ExportableResize, kept, resize_weights
 
 SIZES = st.integers(1, 300)
 # Of a target of 64 x 64: 0.5x, 1x, 2x, 4x, odd ratios both ways, and one axis at a time.
@@ -180,3 +181,20 @@ def test_fixed_input_of_another_size(tmp_path: Path) -> None:
     image = np.random.default_rng(0).random((2, 3, 100, 75), dtype=np.float32)
     resized = torch.as_tensor(session.run(None, {"input": image})[0])
     torch.testing.assert_close(resized, transform(torch.from_numpy(image)), rtol=0, atol=2e-5)
+
+
+def test_weights_are_kept_in_no_mode_that_others_are_not_in():
+    calls = []
+
+    @kept
+    def weights(size):
+        calls.append(size)
+        return torch.arange(size, dtype=torch.float32)
+
+    like = torch.zeros(1)
+    with FakeTensorMode() as mode:
+        assert isinstance(weights(5, like=mode.from_tensor(like)), FakeTensor)
+    with torch.device("meta"):
+        assert weights(5, like=like).tolist() == [0, 1, 2, 3, 4]
+    assert weights(5, like=like) is weights(5, like=like)
+    assert len(calls) == 2

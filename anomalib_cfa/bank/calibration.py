@@ -8,7 +8,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-_PSEUDO_COUNT = 10  # patches: the weight of the mean and variance of all centres
+_PSEUDO_COUNT = 30  # patches: the weight of the mean and variance of all centres
 
 
 class CenterCalibration(DynamicBufferMixin):

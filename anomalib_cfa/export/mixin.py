@@ -169,12 +169,11 @@ class CfaExport(ExportMixin):
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
         assert model.memory_bank.index  # built now: a graph cannot build it
-        model.descriptor.prepare_export()
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), model.descriptor.exportable():
                 yield
         finally:
             for module, mode in modes.items():

@@ -40,6 +40,9 @@ def check_trainer(trainer: Trainer) -> None:
         wanted = ", ".join(map(repr, _PRECISIONS))
         msg = f"precision must be one of {wanted}, as anomalib's images are of float32, but is {trainer.precision!r}"
         raise ValueError(msg)
+    if trainer.strategy.root_device.type == "mps":
+        msg = "accelerator must not be 'mps', which has no float64; on the command line: --trainer.accelerator cpu"
+        raise ValueError(msg)
     if trainer.training and trainer.limit_train_batches == 0:
         msg = "limit_train_batches must leave at least one batch to train on, but is 0"
         raise ValueError(msg)
@@ -71,11 +74,16 @@ def check_batch(batch: object) -> None:
         raise ValueError(msg)
 
 
-def do_without_validation(trainer: Trainer) -> None:
-    """Skip validation where the data module has no images for it; anomalib would fail asking for them."""
-    datamodule = getattr(trainer, "datamodule", None)
+def do_without_validation(trainer: Trainer) -> int | float:
+    """Skip validation where the data module has no images for it; anomalib would fail asking for them.
+
+    Returns:
+        The trainer's ``limit_val_batches``, to be put back when the run ends.
+    """
+    limit, datamodule = trainer.limit_val_batches, getattr(trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
         trainer.limit_val_batches = 0
+    return limit
 
 
 def warn_without_threshold(post_processor: nn.Module | None) -> None:

@@ -12,11 +12,13 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.checks import check_batch
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
 from anomalib_cfa.training.loaders import (
+    TrainingLoader,
     check_images,
     feature_store,
     images_of,
@@ -64,6 +66,7 @@ class TrainingFeatures:
         self.store: FeatureStore | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
         self._bank_images: list[int] | None = None
+        self._training = False
         self.datamodule: Any = getattr(module.trainer, "datamodule", None)
         if isinstance(self.datamodule, AnomalibDataModule):
             # What an interrupted fit left is put back first.
@@ -90,8 +93,11 @@ class TrainingFeatures:
         loader = original()
         check_images(loader, self.pre_processor)
         folder = Path(self.module.trainer.default_root_dir)
-        self.store = feature_store(loader, self.pre_processor, self.budget, folder)
-        return training_loader(loader, self.module.trainer, self.seed, self.store)
+        self.store = feature_store(loader, self.pre_processor, self.budget, folder, self.store)
+        loader = training_loader(loader, self.module.trainer, self.seed, self.store)
+        if self._training:  # reloaded for a later epoch
+            self._begin(loader)
+        return loader
 
     def paths(self) -> list[str]:
         """Paths of the images that the memory bank is made of, in their order; none if the data set does not tell."""
@@ -115,10 +121,24 @@ class TrainingFeatures:
             renew_if_treated_otherwise(self.store, loader, self.pre_processor)
 
     def start_training(self) -> None:
-        """Do without the loader's workers if no image is left to be read."""
+        """Let the loader begin, in this epoch's order."""
+        trainer = self.module.trainer
+        loader: Any = trainer.train_dataloader
+        self._training = True
+        if self._begin(loader):
+            if isinstance(loader.sampler, DistributedSampler):
+                loader.sampler.set_epoch(trainer.current_epoch)
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001 - what Lightning does itself
+
+    def _begin(self, loader: Any) -> bool:  # noqa: ANN401
+        """Let a loader give batches, without workers if no image is left to be read; whether it had to wait."""
+        if not isinstance(loader, TrainingLoader):
+            return False
         if self.store is not None and self.store.is_complete:
-            loader: Any = self.module.trainer.train_dataloader
             loader.num_workers = 0
+            loader.timeout = 0  # torch has one for workers only
+        loader.waits = False
+        return True
 
     def pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:
         """Features of a batch that has passed the pre-processor.

@@ -130,6 +130,9 @@ class FeatureStore:
                 )
                 raise OSError(msg)
             with tempfile.TemporaryFile(dir=self.folder) as file:
+                # Taken now: a disk that another process fills later would end this one with a bus error.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, needed)
                 flat = torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=sum(sizes)))
         return [part.view(self.count, *shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 

@@ -39,6 +39,19 @@ _KEPT = (
 )
 
 
+class TrainingLoader(DataLoader[Any]):
+    """A loader that gives nothing while it waits.
+
+    Lightning starts a loader's workers before a fit: they would read images that the memory bank is then made of, in
+    the first epoch's order even where a fit goes on.
+    """
+
+    waits = True
+
+    def __iter__(self) -> Any:  # noqa: ANN401 - torch's, or an empty one
+        return iter(()) if self.waits else super().__iter__()
+
+
 def training_loader(
     loader: DataLoader[Any], trainer: Trainer, seed: int, store: FeatureStore | None
 ) -> DataLoader[Any]:
@@ -54,7 +67,7 @@ def training_loader(
         store: The features to keep, if they can be.
 
     Returns:
-        A loader of the same images; the same one where it does not shuffle and nothing is kept.
+        A loader of the same images, which waits; the same one where it does not shuffle and nothing is kept.
     """
     overfits: float = getattr(trainer, "overfit_batches", 0)  # Lightning then wants its own order
     shuffles = shuffles_all(loader.sampler) and not overfits
@@ -68,11 +81,15 @@ def training_loader(
     )
     collate: Any = loader.collate_fn if store is None else dataset.collate_fn  # type: ignore[attr-defined]
     kept = {name: getattr(loader, name) for name in _KEPT}
-    return DataLoader(dataset, sampler=sampler, collate_fn=collate, **kept)
+    return TrainingLoader(dataset, sampler=sampler, collate_fn=collate, **kept)
 
 
 def feature_store(
-    loader: DataLoader[Any], pre_processor: nn.Module | None, budget: float, folder: Path
+    loader: DataLoader[Any],
+    pre_processor: nn.Module | None,
+    budget: float,
+    folder: Path,
+    before: FeatureStore | None = None,
 ) -> FeatureStore | None:
     """A store for the features of a loader's images, or None, saying why, where they may differ between epochs.
 
@@ -81,13 +98,18 @@ def feature_store(
         pre_processor: What the images pass through after the data set's own transforms.
         budget: GiB that may be held in memory; 0 keeps nothing.
         folder: Where features beyond the budget go.
+        before: The store of a loader that this one replaces, which stays if the images are as many and treated alike:
+            it knows changed files.
     """
     reason = "feature_budget is 0" if budget == 0 else _may_differ(loader, pre_processor)
     if reason is not None:
         logger.info("The training images' features are not kept across epochs: %s", reason)
         return None
-    store = FeatureStore(len(loader.dataset), int(budget * 2**30), folder)  # type: ignore[arg-type]
-    store.treatment = _treatment(loader, pre_processor)
+    count, treatment = len(loader.dataset), _treatment(loader, pre_processor)  # type: ignore[arg-type]
+    if before is not None and (before.count, before.treatment) == (count, treatment):
+        return before
+    store = FeatureStore(count, int(budget * 2**30), folder)
+    store.treatment = treatment
     return store
 
 

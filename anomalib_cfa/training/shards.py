@@ -12,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 def bank_images(trainer: Trainer) -> list[int]:
     """Places in the data set of the images that training draws: each once, in the data set's order.
 
-    A sampler of the user's own is asked once. Limits that the trainer puts on training batches hold here too.
+    A sampler of the user's own is asked once. Where the trainer limits training batches, they are the first epoch's.
 
     Args:
         trainer: Holds the training images' loader, and knows the processes.
@@ -41,7 +41,7 @@ def bank_images(trainer: Trainer) -> list[int]:
             f"The training data must hold an image for each of {trainer.world_size} processes, but holds {len(places)}"
         )
         raise ValueError(msg)
-    return places
+    return sorted(places)
 
 
 def shard_loader(trainer: Trainer, places: list[int]) -> DataLoader[Any]:
@@ -69,11 +69,14 @@ def shuffles_all(sampler: object) -> bool:
 
 
 def _drawn(loader: DataLoader[Any], processes: int) -> list[int]:
+    """Places of the images that an epoch draws, in its order if that is known."""
     dataset: Any = loader.dataset
     own: Any = loader.batch_sampler
     if own is None or type(own) is BatchSampler:
         own = loader.sampler if own is None else own.sampler
-        if type(own) in {SequentialSampler, DistributedSampler} or shuffles_all(own):
+        if type(own) is DistributedSampler:  # in the order in which all processes together draw
+            return list(DistributedSampler(dataset, 1, 0, shuffle=own.shuffle, seed=own.seed))
+        if type(own) is SequentialSampler or shuffles_all(own):
             return list(range(len(dataset)))
     if processes > 1:
         msg = (
@@ -81,4 +84,4 @@ def _drawn(loader: DataLoader[Any], processes: int) -> list[int]:
             f"but is {type(own).__name__}"
         )
         raise ValueError(msg)
-    return sorted({place for drawn in own for place in (drawn if isinstance(drawn, list | tuple) else (drawn,))})
+    return list({place: None for drawn in own for place in (drawn if isinstance(drawn, list | tuple) else (drawn,))})

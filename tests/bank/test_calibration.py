@@ -18,9 +18,9 @@ def calibrated(distances, indices, centers):
 
 def test_scores_count_deviations_from_what_is_usual_at_the_center():
     generator = torch.Generator().manual_seed(0)
-    near = 1 + 0.1 * torch.randn(5000, generator=generator)
-    far = 4 + 0.5 * torch.randn(5000, generator=generator)
-    distances, indices = torch.cat([near, far]), torch.arange(2).repeat_interleave(5000)
+    near = 1 + 0.1 * torch.randn(50000, generator=generator)
+    far = 4 + 0.5 * torch.randn(50000, generator=generator)
+    distances, indices = torch.cat([near, far]), torch.arange(2).repeat_interleave(50000)
     calibration = calibrated(distances, indices, centers=2)
     scores = calibration(torch.tensor([1.2, 1.2, 5.0]), torch.tensor([0, 1, 1]))
     torch.testing.assert_close(scores, torch.tensor([2.0, -5.6, 2.0]), rtol=0.05, atol=0.05)

@@ -27,7 +27,7 @@ SENSIBLE = {
     "sigma": st.floats(0.1, 8),
     "seed": st.integers(0, 2**31 - 1),
     "whitening": st.none() | st.floats(0, 1),
-    "false_alarm_rate": st.floats(1e-6, 0.5),
+    "false_alarm_rate": st.floats(1e-6, 0.499),
     "image_size": st.integers(8, 100) | st.lists(st.integers(8, 100), min_size=2, max_size=2),
     "center_crop_size": st.none() | st.integers(8, 100),
 }

@@ -1,7 +1,9 @@
 """What hooks into a fit, or lends it something, finds what it expects."""
 
+from functools import partial
+
 import pytest
-from anomalib.data import MVTecAD
+from anomalib.data import AnomalibDataset, MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -10,7 +12,9 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     WeightAveraging,
 )
-from tiny import tiny_cfa
+from tiny import fit_to_noise, tiny_cfa
+
+from anomalib_cfa.torch_model import CfaModel
 
 
 def fit(root, folder, datamodule=None, **options):
@@ -36,6 +40,85 @@ def test_callbacks_see_what_a_batch_is_of_in_every_epoch(rendered_mvtec, tmp_pat
         assert sorted(paths) == sorted(datamodule.train_data.samples.image_path)
     assert all(len(paths) == size == len(labels) and not any(labels) for _, paths, size, labels, _ in seen)
     assert all(without_pixels for *_, without_pixels in seen)  # the bank's pass has read them
+
+
+class Paths(Callback):
+    """Keeps the paths of each epoch's images, in their order."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.seen = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.setdefault(trainer.current_epoch, []).extend(map(str, batch.image_path))
+
+
+def embedded(monkeypatch) -> list[int]:
+    """How many images pass the backbone, batch by batch."""
+    counts, pyramid = [], CfaModel.pyramid
+    monkeypatch.setattr(CfaModel, "pyramid", lambda self, images: counts.append(len(images)) or pyramid(self, images))
+    return counts
+
+
+@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}], ids=str)
+def test_workers_read_each_image_once(rendered_mvtec, tmp_path, monkeypatch, options):
+    counts, paths = embedded(monkeypatch), Paths()
+    reads, read = tmp_path / "reads", AnomalibDataset.__getitem__
+
+    def noted(self, index):
+        with reads.open("a") as file:  # the workers are other processes
+            file.write(".")
+        return read(self, index)
+
+    monkeypatch.setattr(AnomalibDataset, "__getitem__", noted)
+    datamodule = MVTecAD(rendered_mvtec, category="tile", train_batch_size=4, num_workers=2)
+    datamodule.train_dataloader = partial(with_timeout, datamodule)
+    fit(rendered_mvtec, tmp_path, datamodule, callbacks=[paths], limit_val_batches=0, **options)
+    assert sum(counts) == len(reads.read_text()) == len(datamodule.train_data)
+    assert [len(epoch) for epoch in paths.seen.values()] == [len(datamodule.train_data)] * 2
+
+
+def with_timeout(datamodule):
+    loader = MVTecAD.train_dataloader(datamodule)
+    loader.timeout = 60
+    return loader
+
+
+def test_a_fit_that_goes_on_sees_the_order_that_it_would_have_seen(rendered_mvtec, tmp_path):
+    orders, checkpoint = [], None
+    for number, options in enumerate(({"max_epochs": 3}, {"max_epochs": 1}, {"max_epochs": 3})):
+        paths = Paths()
+        datamodule = MVTecAD(rendered_mvtec, category="tile", train_batch_size=2, num_workers=2)
+        run = Engine(
+            default_root_dir=tmp_path / str(number), accelerator="cpu", logger=False, callbacks=[paths], **options
+        )
+        # Features that are not kept: the workers read in every epoch.
+        model = tiny_cfa(evaluator=False, feature_budget=0)
+        run.fit(model, datamodule=datamodule, ckpt_path=checkpoint if number == 2 else None)
+        checkpoint = run.trainer.checkpoint_callback.best_model_path
+        orders.append(paths.seen)
+    whole, first, rest = orders
+    assert whole == {**first, **rest}
+    assert whole[0] != whole[1]
+
+
+def test_a_limited_fit_is_of_the_images_that_it_draws(rendered_mvtec, tmp_path):
+    paths, model = Paths(), tiny_cfa(evaluator=False)
+    datamodule = MVTecAD(rendered_mvtec, category="tile", train_batch_size=1, num_workers=0)
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "limit_train_batches": 3}
+    Engine(default_root_dir=tmp_path, callbacks=[paths], **options).fit(model, datamodule=datamodule)
+    assert model.training_images == sorted(paths.seen[0])
+    assert len(model.training_images) == 3
+
+
+def test_an_engine_validates_again_where_it_can(rendered_mvtec, tmp_path):
+    """After a run with a data module that has no images for it."""
+    model = fit_to_noise(tiny_cfa())
+    run = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    without = MVTecAD(rendered_mvtec, category="tile", num_workers=0, val_split_mode="none")
+    run.test(model, datamodule=without)
+    assert run.trainer.limit_val_batches == 1.0
+    (metrics,) = run.validate(model, datamodule=MVTecAD(rendered_mvtec, category="tile", num_workers=0))
+    assert "image_AUROC" in metrics
 
 
 def test_a_data_module_is_given_back_as_it_was(rendered_mvtec, tmp_path):

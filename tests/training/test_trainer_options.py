@@ -175,6 +175,13 @@ def test_mixed_precision_predicts_nearly_the_same(rendered_mvtec, tmp_path, plai
     torch.testing.assert_close(ours, expected, rtol=0.1, atol=0)
 
 
+def test_an_accelerator_without_float64_is_refused_by_name(monkeypatch, tmp_path):
+    run = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.root_device", torch.device("mps"))
+    with pytest.raises(ValueError, match=r"^accelerator must not be 'mps'"):
+        run.fit(tiny_cfa(), datamodule=data(tmp_path))
+
+
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_other_precisions_are_refused_by_name_at_every_stage(rendered_mvtec, tmp_path, plain, precision, stage):
