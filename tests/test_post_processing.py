@@ -115,6 +115,12 @@ def of_normal_images(root, **arguments) -> Folder:
     return Folder("tile", normal_dir="train/good", root=root / "tile", num_workers=0, train_batch_size=4, **arguments)
 
 
+def test_thresholds_from_one_of_two_views_are_warned_of(rendered_mvtec, tmp_path, caplog):
+    datamodule = of_normal_images(rendered_mvtec, val_split_mode="none", test_split_mode="none")
+    engine(tmp_path).fit(tiny_cfa(center_view=True), datamodule=datamodule)
+    assert "scored without their central view" in caplog.text
+
+
 # Anomalib takes a fifth of the images for tests, and half of those for validation: of six, none.
 @pytest.mark.parametrize(
     ("images", "modes"), [(6, {"val_split_mode": "none", "test_split_mode": "none"}), (5, {})], ids=["none", "empty"]
