@@ -5,7 +5,7 @@ from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cfa.resize import kept, resize_weights
+from anomalib_cfa.resize import cache_by_size, resize_weights
 
 _PARTS = 8  # the central view is 7 of 8 parts of a side: the paper's 224 of 256 pixels
 
@@ -64,7 +64,7 @@ class AnomalyMapGenerator(nn.Module):
         rows, columns = (
             smoothed_resize_weights(patches, pixels, self.kernel)
             if torch.compiler.is_exporting()
-            else _kept_weights(patches, pixels, self.sigma, like=scores)
+            else _smoothing(patches, pixels, self.sigma, like=scores)
             for patches, pixels in zip(scores.shape[1:], image_size, strict=True)
         )
         anomaly_map: Tensor = rows.T[None] @ scores @ columns[None]
@@ -79,8 +79,8 @@ def gaussian_kernel(sigma: float) -> Tensor:
     return (kernel / kernel.sum()).float()
 
 
-@kept
-def _kept_weights(size: int, new_size: int, sigma: float) -> Tensor:
+@cache_by_size
+def _smoothing(size: int, new_size: int, sigma: float) -> Tensor:
     return smoothed_resize_weights(size, new_size, gaussian_kernel(sigma))
 
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from anomalib_cfa.resize import kept, resize_weights
+from anomalib_cfa.resize import cache_by_size, resize_weights
 from anomalib_cfa.whitening import whitening
 
 # Standard deviation to which the features of other backbones and layers are scaled for a whitened start: that of the
@@ -137,7 +137,7 @@ class PatchDescriptor(nn.Module):
         return described
 
 
-@kept
+@cache_by_size
 def coordinates(size: int) -> Tensor:
     """Coordinates of ``size`` patches along an axis, from -1 to 1, of shape (size, 1). A single one has 0."""
     centred = (2 * torch.arange(size)[:, None] - (size - 1)).float()
@@ -146,7 +146,7 @@ def coordinates(size: int) -> Tensor:
     return scaled
 
 
-@kept
+@cache_by_size
 def upsampling(size: int, new_size: int) -> Tensor:
     """Weights that resize an axis as in the plain formula, of shape (new_size, size)."""
     return resize_weights(size, new_size, antialias=False)

@@ -66,8 +66,8 @@ class OneClassPostProcessor(PostProcessor):
         """
         if not self._image_scores.update_called:
             return
-        self._finish("pixel", self._pixel_scores)
-        count = self._finish("image", self._image_scores)
+        self._set_threshold_and_range("pixel", self._pixel_scores)
+        count = self._set_threshold_and_range("image", self._image_scores)
         logger.info(
             "The thresholds come from %d %s, for false alarms at %g %% of normal images and of their pixels",
             count,
@@ -84,8 +84,8 @@ class OneClassPostProcessor(PostProcessor):
                 needed,
             )
 
-    def _finish(self, name: str, metric: CatMetric) -> int:
-        """Set threshold and range of images or pixels, and say how many there were."""
+    def _set_threshold_and_range(self, name: str, metric: CatMetric) -> int:
+        """The same for images or pixels alone; how many scores there were."""
         scores = metric.compute().flatten()
         metric.reset()
         threshold = threshold_at_rate(scores, self.false_alarm_rate)
@@ -123,7 +123,7 @@ class OneClassPostProcessor(PostProcessor):
             masked = self._pixel_threshold_metric.update_called or not self.enable_thresholding
             super().on_validation_epoch_end(trainer, pl_module)
             if not masked and self._pixel_scores.update_called:
-                self._finish("pixel", self._pixel_scores)
+                self._set_threshold_and_range("pixel", self._pixel_scores)
                 logger.info("No mask says where the defects are: the pixel threshold comes from normal images")
         for child in self.children():
             if isinstance(child, Metric):

@@ -41,11 +41,11 @@ _KERNELS: dict[tuple[InterpolationMode, bool], _Kernel] = {
 }
 
 _INTERPOLATE = inspect.signature(F.interpolate)
-_KEPT = 16  # matrices; an image and its central view need four to eight
+_CACHED = 16  # matrices; an image and its central view need four to eight
 
 
-def kept(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep what a function of sizes gave for those it saw last: it costs more than the product that it is for.
+def cache_by_size(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache what a function of sizes gives for those it saw last: it costs more than the product that it is for.
 
     Args:
         weights: Gives a matrix on the CPU, in float32, for hashable arguments.
@@ -54,20 +54,20 @@ def kept(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
         The same function with one more argument, ``like``: a tensor with the data type and device to give it in.
     """
 
-    @lru_cache(maxsize=_KEPT)
-    def keep(dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
+    @lru_cache(maxsize=_CACHED)
+    def cached(dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
         # Whoever asks first may be in a mode that those who ask later are not.
         with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
             return weights(*arguments).to(device, dtype)
 
     @wraps(weights)
-    def kept_weights(*arguments: float, like: Tensor) -> Tensor:
+    def weights_like(*arguments: float, like: Tensor) -> Tensor:
         # A graph computes or folds them itself: there sizes may be symbols, and tensors stand-ins without values.
         if torch.compiler.is_compiling() or type(like) not in {Tensor, nn.Parameter}:
             return weights(*arguments).to(like)
-        return keep(like.dtype, like.device, *arguments)
+        return cached(like.dtype, like.device, *arguments)
 
-    return kept_weights
+    return weights_like
 
 
 def resize_weights(

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as v2_functional
 
 from anomalib_cfa.pre_processing import exportable_transform
-from anomalib_cfa.resize import _KERNELS, ExportableResize, kept, resize_weights
+from anomalib_cfa.resize import _KERNELS, ExportableResize, cache_by_size, resize_weights
 
 SIZES = st.integers(1, 300)
 # Of a target of 64 x 64: 0.5x, 1x, 2x, 4x, odd ratios both ways, and one axis at a time.
@@ -183,10 +183,10 @@ def test_fixed_input_of_another_size(tmp_path: Path) -> None:
     torch.testing.assert_close(resized, transform(torch.from_numpy(image)), rtol=0, atol=2e-5)
 
 
-def test_weights_are_kept_in_no_mode_that_others_are_not_in():
+def test_weights_are_cached_whatever_mode_they_were_first_asked_for_in():
     calls = []
 
-    @kept
+    @cache_by_size
     def weights(size):
         calls.append(size)
         return torch.arange(size, dtype=torch.float32)

@@ -5,6 +5,7 @@ import logging
 from anomalib.data import AnomalibDataModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -40,9 +41,9 @@ def check_trainer(trainer: Trainer) -> None:
         wanted = ", ".join(map(repr, _PRECISIONS))
         msg = f"precision must be one of {wanted}, as anomalib's images are of float32, but is {trainer.precision!r}"
         raise ValueError(msg)
-    if trainer.strategy.root_device.type == "mps":
+    if isinstance(trainer.accelerator, MPSAccelerator):
         msg = "accelerator must not be 'mps', which has no float64; on the command line: --trainer.accelerator cpu"
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - as for the other options
     if trainer.training and trainer.limit_train_batches == 0:
         msg = "limit_train_batches must leave at least one batch to train on, but is 0"
         raise ValueError(msg)

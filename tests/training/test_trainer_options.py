@@ -7,6 +7,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
@@ -177,7 +178,7 @@ def test_mixed_precision_predicts_nearly_the_same(rendered_mvtec, tmp_path, plai
 
 def test_an_accelerator_without_float64_is_refused_by_name(monkeypatch, tmp_path):
     run = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
-    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.root_device", torch.device("mps"))
+    monkeypatch.setattr("lightning.pytorch.Trainer.accelerator", MPSAccelerator())
     with pytest.raises(ValueError, match=r"^accelerator must not be 'mps'"):
         run.fit(tiny_cfa(), datamodule=data(tmp_path))
 
