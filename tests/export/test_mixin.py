@@ -273,16 +273,20 @@ def test_a_file_is_replaced_only_by_a_whole_one(model, onnx_once, export, tmp_pa
         msg = "disk full"
         raise OSError(msg)
 
-    for module, name in ((torch, "save"), (torch.onnx, "export"), (openvino, "save_model")):
-        monkeypatch.setattr(module, name, broken)
-    with pytest.raises(OSError, match="disk full"):
-        getattr(model, export)(tmp_path)
-    assert _files(tmp_path) == before
-    monkeypatch.undo()
-    # What the exporter itself would write is not looked at.
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, f, **__: Path(f).write_bytes(b"whole"))
     if export == "to_openvino":
         monkeypatch.setattr(Cfa, "to_onnx", onnx_once)
+    with monkeypatch.context() as patch:
+        writers = {
+            "to_torch": (torch, "save"),
+            "to_onnx": (torch.onnx, "export"),
+            "to_openvino": (openvino, "save_model"),
+        }
+        patch.setattr(*writers[export], broken)
+        with pytest.raises(OSError, match="disk full"):
+            getattr(model, export)(tmp_path)
+    assert _files(tmp_path) == before
+    if export == "to_onnx":  # what the exporter itself would write is not looked at
+        monkeypatch.setattr(torch.onnx, "export", lambda *_, f, **__: Path(f).write_bytes(b"whole"))
     assert getattr(model, export)(tmp_path) == folder / f"model{suffixes[0]}"
     after = _files(tmp_path)
     assert after.keys() == before.keys()
