@@ -93,14 +93,8 @@ class CenterIndex(nn.Module):
                 candidates = self._candidates(queries, k)
                 squared = self._measure_in_graph(queries, candidates)
             else:
-                # Images at a time, or patches of them where the bank is ranked whole.
-                columns = _GROUP * _PROBES if self.has_two_levels else len(self.centers)
-                rows = block_rows(queries, columns)
-                split = queries if self.has_two_levels else queries.flatten(0, 2)[:, None, None]
-                rows = max(1, rows // split[0, ..., 0].numel()) if len(split) else 1
                 with torch.no_grad():
-                    found = [self._candidates(block, k) for block in split.detach().split(rows)]
-                candidates = torch.cat(found).view(*queries.shape[:-1], -1)
+                    candidates = self._candidates(queries.detach(), k)
                 squared = squared_distances(queries.flatten(0, 2), self.centers, candidates.flatten(0, 2))
                 squared = squared.view(candidates.shape)
             squared, order = squared.topk(k, dim=-1, largest=False)
@@ -135,12 +129,19 @@ class CenterIndex(nn.Module):
         projected = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
         if not self.has_two_levels:
-            return _smallest(projected @ self.table.T, count)
+            parts = _parts(projected.flatten(0, 2), len(self.centers))
+            found = torch.cat([_smallest(part @ self.table.T, count) for part in parts])
+            return found.view(*queries.shape[:-1], count)
         batch, height, width, _ = queries.shape
         blocks = _in_blocks(projected)
         probes = _smallest(blocks.mean(dim=2) @ self.means.T, _PROBES)
-        surrounding = F.embedding(probes, self.table).unflatten(-1, (_GROUP, -1)).flatten(1, 2)
-        best = _smallest(surrounding @ blocks, count, dim=1)
+        read = _PROBES * self.table.shape[1]
+        best = torch.cat(
+            [
+                _smallest(F.embedding(part, self.table).unflatten(-1, (_GROUP, -1)).flatten(1, 2) @ block, count, dim=1)
+                for part, block in zip(_parts(probes, read), _parts(blocks, read), strict=True)
+            ]
+        )
         members = F.embedding(probes, self.members).flatten(1)
         first = torch.arange(members.shape[0], device=members.device)[:, None, None] * (_GROUP * _PROBES)
         candidates = F.embedding(best + first, members.flatten()[:, None])[..., 0]
@@ -156,6 +157,13 @@ class CenterIndex(nn.Module):
             for candidate in candidates.unbind(dim=-1)
         ]
         return torch.cat(distances, dim=-1)
+
+
+def _parts(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """Rows in about equal parts, each of which leads to a block of memory with so many columns; in a graph, in one."""
+    if torch.compiler.is_exporting():
+        return (rows,)
+    return rows.chunk(max(1, -(-len(rows) // block_rows(rows, columns))))
 
 
 def _in_blocks(patches: Tensor) -> Tensor:
