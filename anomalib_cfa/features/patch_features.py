@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.features.backbones import find_backbone
+from anomalib_cfa.features.folding import fold_batch_norms
 from anomalib_cfa.features.network import build_network, map_shapes
 from anomalib_cfa.features.weights import assign_weights, hub_options, read_weights, unreachable
 from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
@@ -102,6 +103,7 @@ class PatchFeatures(nn.Module):
 
         # Convolutions on a CPU are faster with the channels last.
         self.network = network.requires_grad_(False).to(memory_format=torch.channels_last)
+        self._folded: list[nn.Module] = []  # what runs in its place: no submodule, since it has no weights of its own
         self.register_buffer("weights_loaded", torch.tensor(False))
         self.eval()
         self._checked_sizes: set[tuple[int, int]] = set()
@@ -111,6 +113,18 @@ class PatchFeatures(nn.Module):
     def train(self, mode: bool = True) -> "PatchFeatures":  # noqa: ARG002
         """Stay in evaluation mode, whatever the mode asked for."""
         return super().train(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": []}
+
+    def _apply(self, *args: Any, **options: Any) -> "PatchFeatures":  # noqa: ANN401
+        self._folded = []  # its weights would stay on the old device, or of the old type
+        moved: PatchFeatures = super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        self._folded = []
+        super()._load_from_state_dict(*args, **options)
 
     def load_weights(self) -> None:
         """Load the pre-trained weights, unless they are there already or pre_trained is False.
@@ -131,6 +145,7 @@ class PatchFeatures(nn.Module):
             source = f"timm's {self.weights_tag!r}"
             weights = self._timm_weights()
         assign_weights(self.network, weights, source)
+        self._folded = []
         self.weights_loaded.fill_(True)
         logger.info("Backbone %s: weights loaded from %s", self.weights_tag, source)
 
@@ -183,10 +198,18 @@ class PatchFeatures(nn.Module):
         Returns:
             Maps of shape (B, C_l, h_l, w_l), finest first.
         """
-        maps = iter(self.network(images.contiguous(memory_format=torch.channels_last)))
+        maps = iter(self._running(images)(images.contiguous(memory_format=torch.channels_last)))
         pyramid = []
         for layers, channels in zip(self.layers_per_level, self.channels, strict=True):
             level = next(maps) if layers == 1 else torch.cat([next(maps) for _ in range(layers)], dim=1)
             level = F.avg_pool2d(level, kernel_size=3, stride=1, padding=1)
             pyramid.append(level / channels if self.divide_by_channels else level)
         return pyramid
+
+    def _running(self, images: Tensor) -> nn.Module:
+        """The network without its batch norms, or as it is where only shapes are asked for or a compiler follows."""
+        if images.is_meta or torch.compiler.is_compiling():
+            return self.network
+        if not self._folded:
+            self._folded = [fold_batch_norms(self.network).to(memory_format=torch.channels_last)]
+        return self._folded[0]

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.features import weights as backbone_weights
 from anomalib_cfa.features.backbones import find_backbone
+from anomalib_cfa.features.folding import fold_batch_norms
 from anomalib_cfa.features.network import StepwiseFeatures, build_network, default_layers, map_shapes
 from anomalib_cfa.features.patch_features import PatchFeatures
 from anomalib_cfa.features.same_padding import ExportableConv2dSame, replace_same_padding
@@ -604,3 +605,48 @@ def test_real_weights_load_from_a_features_only_file():
     with torch.no_grad():
         for level, expected in zip(patch_features(images), reference(images), strict=True):
             torch.testing.assert_close(level, pool(expected))
+
+
+class TestFolding:
+    @pytest.mark.parametrize(
+        "backbone",
+        ["resnet18", "tf_efficientnet_lite0.in1k", "densenet121", "resnetv2_50", "vgg19_bn", "vit_tiny_patch16_224"],
+    )
+    def test_what_runs_computes_what_the_network_does(self, backbone: str) -> None:
+        features = PatchFeatures(backbone, pre_trained=False, image_size=(64, 64))
+        randomized(features.network)
+        images = torch.rand(2, 3, 64, 64)
+        folded = fold_batch_norms(features.network)
+        with torch.no_grad():
+            for found, expected in zip(folded(images), features.network(images), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        norms = [module for module in features.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        left = [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert len(left) < len(norms) or not norms
+
+    def test_a_map_between_convolution_and_norm_is_not_scaled(self) -> None:
+        network = build_network("vgg11_bn", ["features.4", "features.7"])  # a convolution, and one further on
+        randomized(network)
+        images = torch.rand(1, 3, 32, 32)
+        with torch.no_grad():
+            for found, expected in zip(fold_batch_norms(network)(images), network(images), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+    def test_new_weights_count_at_once(self) -> None:
+        features, other = (PatchFeatures(TINY, pre_trained=False) for _ in range(2))
+        randomized(other.network, seed=1)
+        images = torch.rand(1, 3, 64, 64)
+        before = features(images)
+        features.load_state_dict(other.state_dict())
+        for found, expected, old in zip(features(images), other(images), before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            assert not torch.allclose(found, old)
+        assert features.to(torch.bfloat16)(images.bfloat16())[0].dtype == torch.bfloat16
+        assert copy.deepcopy(features)(images.bfloat16())[0].dtype == torch.bfloat16
+
+    def test_the_state_is_that_of_the_network(self) -> None:
+        features = PatchFeatures(TINY, pre_trained=False)
+        names = list(features.state_dict())
+        features(torch.rand(1, 3, 64, 64))
+        assert list(features.state_dict()) == names
+        assert any("running_mean" in name for name in names)
