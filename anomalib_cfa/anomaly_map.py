@@ -67,7 +67,8 @@ class AnomalyMapGenerator(nn.Module):
             else _smoothing(patches, pixels, self.sigma, like=scores)
             for patches, pixels in zip(scores.shape[1:], image_size, strict=True)
         )
-        anomaly_map: Tensor = rows.T[None] @ scores @ columns[None]
+        with torch.autocast(scores.device.type, enabled=False):  # scores keep all of their digits
+            anomaly_map: Tensor = rows.T[None] @ scores @ columns[None]
         return anomaly_map
 
 

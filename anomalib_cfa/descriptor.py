@@ -49,12 +49,23 @@ class PatchDescriptor(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(sum(channels)))
         self.register_buffer("feature_scale", torch.ones(()))
         self._exported: list[Tensor] = []
+        self.reset(seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Initialize the weights, and read features as they are.
+
+        Args:
+            seed: Governs the weights, whatever the state of the global generator.
+        """
+        self.feature_mean.zero_()
+        self.feature_scale.fill_(1)
         # PyTorch's own initialisation of a 1x1 convolution, from a generator of its own: a seed that the caller sets
         # (or forgets to set) must not change the bank that is built with these weights.
-        bound = (sum(channels) + 2) ** -0.5
+        bound = (sum(self.channels) + 2) ** -0.5
         generator = torch.Generator().manual_seed(seed)
-        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+        for parameter in (self.weight, self.bias):  # from the CPU's generator, wherever they are
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
     @property
     def width(self) -> int:

@@ -27,7 +27,7 @@ from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
-from anomalib_cfa.post_processing import OneClassPostProcessor
+from anomalib_cfa.post_processing import OneClassPostProcessor, forget_thresholds
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.checks import check_trainer, do_without_validation, warn_without_threshold
 from anomalib_cfa.training.features import TrainingFeatures
@@ -149,6 +149,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         self._given = given_arguments({**self.hparams, "pre_processor": given_pre_processor}, Cfa)
         if given_pre_processor is not True:
             pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
+            pre_processing.warn_of_late_resize(self.pre_processor)
         self._build()
         self.training_images: list[str] = []  # in the data set's order, to which the memory bank's sources refer
         self.worst_fitting: WorstFitting = []  # training images that stand out, and their scores, the worst first
@@ -172,6 +173,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         size = self.input_size if needed else None
         patch_features = PatchFeatures(**{**arguments(PatchFeatures), "image_size": size})
         self.model: CfaModel = CfaModel(patch_features, **arguments(CfaModel))
+        if size is not None:
+            self.model.check_image_size(*size)
         self.loss = CfaLoss(**arguments(CfaLoss))
 
     configure_pre_processor = staticmethod(pre_processing.configure_pre_processor)
@@ -189,7 +192,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             val_metrics=[AUROC(image_scores, "image_"), AUROC(pixel_scores, "pixel_", strict=False)],
             test_metrics=[
                 AUROC(image_scores, "image_"),
-                F1Score(image_labels, "image_"),
+                F1Score(image_labels, "image_", strict=False),  # there are none without thresholds
                 AUROC(pixel_scores, "pixel_", strict=False),
                 F1Score(pixel_labels, "pixel_", strict=False),
                 AUPRO(pixel_scores, "pixel_", strict=False),
@@ -246,20 +249,39 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         self.model.calibration.restart()  # a fit that goes on within an epoch does not start one
         self.trainer.fit_loop.setup_data()
+        is_over = self.trainer.fit_loop.skip
         if self.model.memory_bank.is_built:
             logger.info("Training continues with the model's memory bank; clear_memory_bank() discards it")
+            self._warn_of_other_images()
+        elif is_over and self.trainer.current_epoch > 0:
+            msg = (
+                f"The trainer has run its {self.trainer.current_epoch} epochs with another model, and would not train "
+                "this one: take a new Engine for each fit"
+            )
+            raise RuntimeError(msg)
         else:
             self.training_images = self._features.paths()
             self.model.patch_features.load_weights()
             # An epoch calibrates the score as it trains.
-            start = self.model.fit if self.trainer.fit_loop.skip else self.model.build
+            start = self.model.fit if is_over else self.model.build
             start(self._features, Processes.of(self.trainer.strategy))
 
+    def _warn_of_other_images(self) -> None:
+        assert self._features is not None
+        images = self._features.paths()
+        if images and self.training_images and not set(images) & set(self.training_images):
+            logger.warning(
+                "None of the training images is one of those that the memory bank was made of, such as %s: what is "
+                "normal is still what those show. For a model of the new images, fit a new one, or call "
+                "clear_memory_bank() first",
+                self.training_images[0],
+            )
+
     def clear_memory_bank(self) -> None:
-        """Forget the memory bank, so that the next fit builds one anew."""
-        self.model.memory_bank.clear()
-        self.model.calibration.reset(0)
-        self.worst_fitting = []
+        """Forget all that was learned from images, thresholds too, so that the next fit is as a new model's."""
+        self.model.reset()
+        self.training_images, self.worst_fitting = [], []
+        forget_thresholds(self.post_processor)
 
     def on_train_start(self) -> None:
         """Read no image that need not be read."""
@@ -347,7 +369,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if self.trainer.global_step == 0 and self._features is not None:
             self.model.calibrate_all(self._features, Processes.of(self.trainer.strategy))
         if self._out_of_bag is not None and self.trainer.is_global_zero:
-            log_worst(self.worst_fitting)
+            log_worst(self.worst_fitting, len(self.training_images))
 
     def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
         """Predict a batch."""
@@ -367,4 +389,4 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Warn where labels would mean nothing."""
         warn_without_threshold(self.post_processor)
 
-    on_predict_start = on_test_start
+    on_predict_start = on_fit_end = on_test_start

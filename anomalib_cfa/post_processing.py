@@ -4,10 +4,11 @@ import logging
 import math
 from typing import Any
 
+import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import CatMetric, MaxMetric, Metric
 
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperparameters
@@ -90,6 +91,8 @@ class OneClassPostProcessor(PostProcessor):
         metric.reset()
         threshold = threshold_at_rate(scores, self.false_alarm_rate)
         half_range = _RANGE * (threshold - scores.median())
+        if half_range <= 0:  # of one image, or of equal ones: no spread tells how far is far
+            half_range = threshold.abs().clamp(min=1)
         if self.enable_thresholding:
             getattr(self, f"_{name}_threshold").copy_(threshold)
         if self.enable_normalization:
@@ -130,6 +133,13 @@ class OneClassPostProcessor(PostProcessor):
                 child.reset()
 
 
+def forget_thresholds(post_processor: nn.Module | None) -> None:
+    """Let a post-processor of anomalib's be as one that has seen no image."""
+    if isinstance(post_processor, PostProcessor):
+        for name in ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max"):
+            getattr(post_processor, name).fill_(torch.nan)
+
+
 def threshold_at_rate(scores: Tensor, rate: float) -> Tensor:
     """The score that a further normal sample exceeds at a stated rate.
 
@@ -145,7 +155,6 @@ def threshold_at_rate(scores: Tensor, rate: float) -> Tensor:
         The threshold, a scalar.
 
     Example:
-        >>> import torch
         >>> threshold_at_rate(torch.arange(199.0), 0.01)
         tensor(197.)
     """

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from anomalib_cfa.resize import ExportableResize
 
 logger = logging.getLogger(__name__)
 
+_KEEP_SHAPE = (v2.ConvertImageDtype, v2.Grayscale, v2.Identity, v2.Normalize, v2.RGB, v2.ToDtype, v2.ToImage)
 _SAME = 2e-3  # statistics are published with three digits
 
 
@@ -68,6 +69,7 @@ def make_exportable(pre_processor: nn.Module | None) -> None:
     transform = getattr(pre_processor, "transform", None)
     if transform is None or isinstance(transform, v2.Transform):
         pre_processor.export_transform = exportable_transform(transform)  # type: ignore[assignment]
+        pre_processor.train(pre_processor.training)
 
 
 def configure_pre_processor(
@@ -120,6 +122,38 @@ def warn_of_other_statistics(pre_processor: nn.Module | None, backbone: Backbone
                 "%s and %s",
                 *(list(part.mean), list(part.std), backbone.name, list(backbone.mean), list(backbone.std)),
             )
+
+
+def warn_of_late_resize(pre_processor: nn.Module | None) -> None:
+    """Warn if a pre-processor's resize comes after what changes an image's shape.
+
+    Anomalib's data modules apply the resize to each image that they read, before the whole pre-processor. Prediction
+    from files and exports do not.
+
+    Args:
+        pre_processor: The user's own.
+    """
+    before: list[str] = []
+    for part in _parts(getattr(pre_processor, "transform", None)):
+        if isinstance(part, v2.Resize) and before:
+            logger.warning(
+                "The pre_processor should begin with its Resize, but has %s before it: anomalib's data modules resize "
+                "images first, so that training and test would see other pixels than prediction and exports",
+                ", ".join(before),
+            )
+        if isinstance(part, v2.Resize):
+            return
+        if not isinstance(part, _KEEP_SHAPE):
+            before.append(type(part).__name__)
+
+
+def _parts(transform: v2.Transform | None) -> Iterator[v2.Transform]:
+    """The parts of nested compositions, in their order."""
+    if isinstance(transform, v2.Compose):
+        for part in transform.transforms:
+            yield from _parts(part)
+    elif transform is not None:
+        yield transform
 
 
 def _agree(normalize: v2.Normalize, backbone: Backbone) -> bool:

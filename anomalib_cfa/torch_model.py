@@ -74,7 +74,8 @@ class CfaModel(nn.Module):
         self.descriptor = PatchDescriptor(patch_features.channels, channels // gamma_d, seed)
         self.memory_bank = MemoryBank(search)
         self.calibration = CenterCalibration()
-        self.radius = nn.Parameter(torch.tensor(float(radius)), requires_grad=learn_radius)
+        self.initial_radius = float(radius)
+        self.radius = nn.Parameter(torch.tensor(self.initial_radius), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
@@ -132,6 +133,14 @@ class CfaModel(nn.Module):
             self.calibrate(squared, indices)
         self.finish_calibration(processes)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all that was learned: descriptor, radius, memory bank and calibration."""
+        self.descriptor.reset(self.seed)
+        self.radius.fill_(self.initial_radius)
+        self.memory_bank.clear()
+        self.calibration.reset(0)
+
     def _all_blocks(
         self, pyramids: Iterable[Sequence[Tensor]], processes: Processes, task: str
     ) -> Iterator[list[Tensor]]:
@@ -181,16 +190,33 @@ class CfaModel(nn.Module):
         Raises:
             ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
         """
-        height, width = images.shape[-2:]
         if not torch.compiler.is_exporting():
-            self.patch_features.check_image_size(height, width)
-            smallest = self.anomaly_map_generator.min_image_size
-            if min(height, width) < smallest:
-                msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
-                raise ValueError(msg)
+            self._check_view(*images.shape[-2:])
             images = images.as_subclass(Tensor)  # no image of torchvision's, which compilers do not follow
         pyramid: list[Tensor] = self.patch_features(images)
         return pyramid
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Check, before the long work, that all views of images of height x width pixels can be scored.
+
+        Raises:
+            ValueError: If they are too small for the backbone or for the anomaly map's smoothing, or of a size that the
+                backbone does not take.
+        """
+        self._check_view(height, width)
+        if self.center_view:
+            try:
+                self._check_view(*central_view(torch.empty(height, width, device="meta")).shape)
+            except ValueError as error:
+                msg = f"center_view must be False for images of {height} x {width} pixels: of their centre, {error}"
+                raise ValueError(msg) from error
+
+    def _check_view(self, height: int, width: int) -> None:
+        self.patch_features.check_image_size(height, width)
+        smallest = self.anomaly_map_generator.min_image_size
+        if min(height, width) < smallest:
+            msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
+            raise ValueError(msg)
 
     def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Describe the patches of an image.

@@ -513,6 +513,13 @@ def test_an_evaluator_of_ones_own_gives_its_metrics(fitted, rendered_mvtec, tmp_
     assert found == [{"mine_AUROC": expected["image_AUROC"], "mine_F1Score": expected["image_F1Score"]}]
 
 
+@pytest.mark.parametrize("post_processor", [False, PostProcessor(enable_thresholding=False)])
+def test_without_labels_all_other_metrics_remain(rendered_mvtec, tmp_path, post_processor):
+    run = engine(tmp_path)
+    [metrics] = run.train(tiny_cfa(post_processor=post_processor), datamodule=mvtec(rendered_mvtec))
+    assert {"image_AUROC", "pixel_AUROC", "pixel_AUPRO"} <= set(metrics)
+
+
 def test_without_components_there_are_bare_scores(rendered_mvtec, tmp_path):
     model = tiny_cfa(evaluator=False, post_processor=False)
     run = engine(tmp_path)

@@ -13,6 +13,7 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import OmegaConf
+from PIL import Image
 from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
@@ -143,11 +144,41 @@ def test_a_second_fit_keeps_the_bank_and_says_so(rendered_mvtec, tmp_path, caplo
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec, category="metal_nut"))
     assert torch.equal(model.model.memory_bank.centers, bank)
     assert "continues with the model's memory bank" in caplog.text
+    assert "None of the training images is one of those" in caplog.text
     model.clear_memory_bank()
+    assert model.post_processor.image_threshold.isnan()
     with pytest.raises(RuntimeError, match="memory bank is not built"):
         model(torch.rand(1, 3, 64, 64))
-    engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec, category="metal_nut"))
-    assert not torch.equal(model.model.memory_bank.centers, bank)
+    fresh = tiny_cfa()
+    for each in (model, fresh):
+        engine(tmp_path).fit(each, datamodule=mvtec(rendered_mvtec, category="metal_nut"))
+    for name, value in fresh.model.state_dict().items():
+        assert torch.equal(model.model.state_dict()[name], value), name
+
+
+def test_an_engine_that_would_not_train_a_second_model_says_so(rendered_mvtec, tmp_path):
+    run = engine(tmp_path, max_epochs=None)
+    run.fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
+    with pytest.raises(RuntimeError, match=r"has run its 1 epochs .* take a new Engine for each fit"):
+        run.fit(tiny_cfa(), datamodule=mvtec(rendered_mvtec))
+
+
+def test_the_size_of_the_central_view_is_checked_before_long_work():
+    with pytest.raises(ValueError, match=r"center_view must be False for images of 64 x 64 .* 56 x 56"):
+        tiny_cfa(backbone="test_vit.r160_in1k", center_view=True)
+    tiny_cfa(backbone="test_vit.r160_in1k", image_size=128, center_view=True)
+
+
+def test_a_crop_behind_the_data_module_comes_too_late_to_give_one_size(tmp_path):
+    for folder in ("good", "bad"):
+        (tmp_path / folder).mkdir()
+        for number, size in enumerate([(64, 64), (80, 64)]):
+            Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
+    options = {"root": tmp_path, "normal_dir": "good", "abnormal_dir": "bad", "num_workers": 0}
+    model = tiny_cfa(pre_processor=PreProcessor(v2.CenterCrop(64)), image_size=None)
+    with pytest.raises(ValueError, match="pre_processor must first resize"):
+        engine(tmp_path).fit(model, datamodule=Folder("sizes", **options))
+    engine(tmp_path).fit(model, datamodule=Folder("sizes", **options, train_batch_size=1, eval_batch_size=1))
 
 
 @pytest.mark.parametrize("bank", ["kmeans", "mean", "ema"])
@@ -290,8 +321,6 @@ def test_too_few_centers_for_the_targets_is_refused_at_the_first_batch(rendered_
 # A resize of the shorter side alone leaves them as different as they were.
 @pytest.mark.parametrize("resize", [[], [v2.Resize(64)]], ids=["none", "shorter side"])
 def test_images_of_different_sizes_without_a_resize_to_one_are_refused(tmp_path, resize):
-    from PIL import Image
-
     for folder in ("good", "bad"):
         (tmp_path / folder).mkdir()
         for number, size in enumerate([(64, 64), (80, 64), (64, 64), (64, 64)]):
@@ -299,18 +328,16 @@ def test_images_of_different_sizes_without_a_resize_to_one_are_refused(tmp_path,
     datamodule = Folder("sizes", root=tmp_path, normal_dir="good", abnormal_dir="bad", num_workers=0)
     transform = v2.Compose([*resize, v2.Normalize([0.5] * 3, [0.5] * 3)])
     model = tiny_cfa(pre_processor=PreProcessor(transform), image_size=None)
-    with pytest.raises(ValueError, match=r"pre_processor must resize .* 64 x 64, .* 80 x 64"):
+    with pytest.raises(ValueError, match=r"pre_processor must first resize .* 64 x 64, .* 80 x 64"):
         engine(tmp_path).fit(model, datamodule=datamodule)
     datamodule.train_data.augmentations = v2.Compose([SquarePad(), *resize])
-    of_squares = nullcontext() if resize else pytest.raises(ValueError, match="pre_processor must resize")
+    of_squares = nullcontext() if resize else pytest.raises(ValueError, match="pre_processor must first resize")
     with of_squares:
         check_images(datamodule.train_dataloader(), None)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
 def test_images_that_anomalibs_reader_would_clip_are_refused(tmp_path, dtype):
-    from PIL import Image
-
     for folder in ("good", "bad"):
         (tmp_path / folder).mkdir()
         for number in range(4):

@@ -182,3 +182,16 @@ def test_defective_validation_images_leave_the_choice_to_anomalib(rendered_mvtec
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     assert "The thresholds come from" not in caplog.text
     assert torch.isfinite(model.post_processor.image_threshold)
+
+
+@pytest.mark.parametrize("scores", [[3.0], [-2.0, -2.0], [0.0]])
+def test_scores_without_a_spread_still_tell_images_apart(scores):
+    post_processor = OneClassPostProcessor()
+    maps = torch.tensor(scores)[:, None, None].expand(-1, 16, 16)
+    post_processor.update(InferenceBatch(pred_score=torch.tensor(scores), anomaly_map=maps))
+    post_processor.finish("images")
+    threshold = float(max(scores))
+    values = threshold + torch.linspace(-0.5, 0.5, 5)
+    found = post_processor(InferenceBatch(pred_score=values, anomaly_map=values[:, None, None].expand(-1, 16, 16)))
+    assert found.pred_score.diff().gt(0).all()
+    assert found.pred_score[2] == pytest.approx(0.5)

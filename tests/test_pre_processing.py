@@ -18,6 +18,7 @@ from anomalib_cfa.pre_processing import (
     exportable_transform,
     find_random_part,
     make_exportable,
+    warn_of_late_resize,
 )
 from anomalib_cfa.resize import ExportableResize
 
@@ -187,3 +188,17 @@ def test_a_size_of_ones_own_is_checked_when_images_come():
         model.model.pyramid(torch.rand(1, 3, 10, 10))
     with pytest.raises(ValueError, match="images must be at least 16 pixels a side"):
         Cfa("resnet18", pre_trained=False, visualizer=False, image_size=10)
+
+
+@pytest.mark.parametrize(
+    ("before", "named"),
+    [
+        ([v2.CenterCrop(80)], "CenterCrop"),
+        ([SquarePad()], "SquarePad"),
+        ([], None),
+        ([v2.ToDtype(torch.float32)], None),
+    ],
+)
+def test_a_resize_behind_what_changes_the_shape_is_warned_of(before: list[Any], named: str, caplog: Any) -> None:
+    warn_of_late_resize(PreProcessor(v2.Compose([v2.Compose([*before, v2.Resize((64, 64))]), v2.CenterCrop(32)])))
+    assert (f"has {named} before it" in caplog.text) if named else not caplog.text

@@ -26,6 +26,7 @@ from anomalib_cfa.export.openvino import (
 from anomalib_cfa.export.quantization import check_compression, compress
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.resize import ExportableInterpolation
+from anomalib_cfa.training.checks import warn_without_threshold
 
 _BACKBONE = "model.patch_features.network"
 _ONNX_OPSET = 18  # anomalib asks for 14, which the exporter fails to convert to, after a page of complaints
@@ -168,6 +169,7 @@ class CfaExport(ExportMixin):
             msg = "The model must be fitted before it is exported, but has no memory bank: fit it, or load a checkpoint"
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
+        warn_without_threshold(getattr(self, "post_processor", None))
         assert model.memory_bank.index  # built now: a graph cannot build it
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}

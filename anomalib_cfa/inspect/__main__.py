@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 1
-    print("\n".join(report(inspection)))
+    print("\n".join(report(inspection)).encode("utf-8", "backslashreplace").decode())  # a file's name need not be text
     return 0
 
 

@@ -34,7 +34,14 @@ class PageFolder:
         self.embed = embed
         self.files = page.with_name(f"{page.stem}_files")
         self._saved: set[Path] = set()
+        if page.is_dir():
+            msg = f"output must be the path of a page, but is the folder {str(page)!r}"
+            raise ValueError(msg)
         (page.parent if embed else self.files).mkdir(parents=True, exist_ok=True)
+        is_new = not page.exists()
+        page.open("ab").close()  # raises now what would be raised after all images
+        if is_new:
+            page.unlink()
 
     def add(self, index: int, picture: bytes, heat_map: bytes, mask: bytes | None) -> dict[str, str]:
         """Save what an image needs only when it is opened.
@@ -81,7 +88,8 @@ class PageFolder:
             _text("page.html.jinja")
         )
         html = template.render(data=data, style=_text("page.css"), scripts=map(_text, _SCRIPTS))
-        self.page.write_text(html, encoding="utf-8")
+        # A file's name need not be text.
+        self.page.write_text(html, encoding="utf-8", errors="backslashreplace")
         for path in {*self.files.glob("[0-9]*.webp"), *self.files.glob("[0-9]*.js")} - self._saved:
             path.unlink()
 

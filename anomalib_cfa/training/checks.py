@@ -93,6 +93,7 @@ def warn_without_threshold(post_processor: nn.Module | None) -> None:
         return
     if post_processor.image_threshold.isnan():
         logger.warning(
-            "The model has no threshold and no range to normalize scores with, as no validation was run: scores are as "
-            "they are, and labels mean nothing. Run engine.validate, or fit with validation images"
+            "The model has no threshold and no range to normalize scores with, as neither a validation was run nor a "
+            "whole epoch of two training images or more: scores are as they are, and labels mean nothing. Run "
+            "engine.validate, or fit with validation images"
         )

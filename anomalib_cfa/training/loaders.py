@@ -170,7 +170,10 @@ def check_images(loader: DataLoader[Any], pre_processor: nn.Module | None) -> No
     if dataset.has_anomalous:
         msg = f"The training data must hold normal images only, but {type(dataset).__name__} has anomalous ones"
         raise ValueError(msg)
-    transforms = (dataset.augmentations, getattr(pre_processor, "transform", None))
+    # What follows in the pre-processor comes too late, but for single images.
+    transforms = [dataset.augmentations]
+    if loader.batch_size == 1:
+        transforms.append(getattr(pre_processor, "transform", None))
     _check_files(dataset.samples.image_path, of_any_size=any(map(_gives_one_size, transforms)))
 
 
@@ -189,7 +192,7 @@ def _check_files(paths: Iterable[str], *, of_any_size: bool) -> None:
         if len(sizes) > 1 and not of_any_size:
             (first, first_path), (second, second_path) = sizes.items()
             msg = (
-                "pre_processor must resize the images to one size, since they differ: "
+                "pre_processor must first resize the images to one size, since they differ: "
                 f"{first_path} is {first[0]} x {first[1]}, {second_path} is {second[0]} x {second[1]}"
             )
             raise ValueError(msg)

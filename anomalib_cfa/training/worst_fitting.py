@@ -26,7 +26,8 @@ def stand_out(scores: Tensor) -> Tensor:
         scores: Of shape (n,), finite.
 
     Returns:
-        The indices of five at most, the largest score first; none where there are fewer than eight scores.
+        The indices of five at most, the largest score first; none where there are fewer than eight scores, or where
+        most are zero, as those of copies are: then no scale tells what is far.
 
     Example:
         >>> stand_out(torch.tensor([3.0, 1.0, 2.0, 9.0, 2.0, 1.0, 3.0, 2.0, 20.0])).tolist()
@@ -36,19 +37,22 @@ def stand_out(scores: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
     median = scores.median()
     deviation = _MAD_OF_NORMAL * (scores - median).abs().median()
-    limit = median + _DEVIATIONS * torch.maximum(deviation, _LEAST_DEVIATION * median.abs())
     values, order = scores.topk(min(_MOST_NAMED, len(scores)))
-    return order[values > limit]
+    if deviation == 0 and median <= 0:
+        return order[:0]
+    return order[values > median + _DEVIATIONS * torch.maximum(deviation, _LEAST_DEVIATION * median.abs())]
 
 
-def log_worst(worst: WorstFitting) -> None:
+def log_worst(worst: WorstFitting, images: int) -> None:
     """Name the images that fit worst, for a person to look at.
 
     Args:
         worst: Their paths and scores.
+        images: How many were looked at.
     """
     if not worst:
-        logger.info("No training image stands out from the others")
+        few = f"{images} training images are too few to tell which of them stand out"
+        logger.info(few if images < _FEWEST_IMAGES else "No training image stands out from the others")
         return
     names = "".join(f"\n  {path} ({score:.3g})" for path, score in worst)
     logger.warning("These training images stand out from the others; check whether they are normal:%s", names)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -89,6 +90,24 @@ class Fixed:
     def predict(self, image: Image.Image) -> Prediction:
         score = self.scores.pop(0) if len(self.scores) > 1 else self.scores[0]
         return Prediction(score, np.asarray(image, np.float32)[..., 0] / 255)
+
+
+def test_names_need_not_be_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "image.png")
+    (folder / os.fsdecode(b"broken\xe9.png")).write_bytes(b"no picture")
+    found = inspect_samples(Fixed(0.5), find_samples(folder), tmp_path / "page.html", folder.name, "model")
+    assert r"caf\udce9" in found.page.read_text(encoding="utf-8")
+    assert r"broken\udce9.png" in found.page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_is_an_error_before_long_work(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "page").mkdir()
+    with pytest.raises(ValueError, match="output must be the path of a page"):
+        inspect_samples(Fixed(), find_samples(tmp_path), tmp_path / "page", "", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"image.png", "page"}
 
 
 def test_scores_that_are_not_normalized_are_refused(tmp_path: Path) -> None:

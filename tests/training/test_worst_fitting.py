@@ -12,7 +12,7 @@ from tiny import tiny_cfa
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.demo.render import render_mvtec
-from anomalib_cfa.training.worst_fitting import saved_worst_fitting, stand_out
+from anomalib_cfa.training.worst_fitting import log_worst, saved_worst_fitting, stand_out
 
 USUAL = st.lists(st.floats(1, 2, width=32), min_size=8, max_size=60)
 
@@ -113,3 +113,13 @@ def test_a_damaged_entry_of_a_checkpoint_names_nothing(saved):
 
 def test_an_entry_of_a_checkpoint_is_read():
     assert saved_worst_fitting([["a.png", 3.5], ("b.png", 2.0)]) == [("a.png", 3.5), ("b.png", 2.0)]
+
+
+def test_where_most_scores_are_zero_no_scale_says_what_is_far():
+    assert stand_out(torch.tensor([0.0] * 9 + [0.6])).tolist() == []
+
+
+def test_of_few_images_it_is_said_that_they_are_too_few(caplog):
+    with caplog.at_level(logging.INFO, logger="anomalib_cfa"):
+        log_worst([], images=7)
+    assert "7 training images are too few to tell" in caplog.text
