@@ -11,16 +11,10 @@ _PARTS = 8  # the central view is 7 of 8 parts of a side: the paper's 224 of 256
 
 
 def softmin_scores(distances: Tensor) -> Tensor:
-    """Score each patch by its distances to the K nearest centres (paper, section III-D).
+    """Score each patch by its distances (..., K), nearest first, to the K nearest centres (paper, section III-D).
 
     The nearest distance is weighted by its softmin among the K: a patch that lies about as close to several centres
     is less certainly normal than one that has a centre of its own.
-
-    Args:
-        distances: Distances, not squared, to the K nearest centres, nearest first, of shape (..., K).
-
-    Returns:
-        Scores of shape (...).
 
     Example:
         >>> softmin_scores(torch.tensor([[2.0, 2.0]]))
@@ -52,15 +46,7 @@ class AnomalyMapGenerator(nn.Module):
         self.min_image_size = len(self.kernel) // 2 + 1  # the blur reflects at the border
 
     def forward(self, scores: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Make the anomaly map.
-
-        Args:
-            scores: Patch scores of shape (B, h, w).
-            image_size: Height and width of the map, in pixels.
-
-        Returns:
-            Anomaly maps of shape (B, *image_size).
-        """
+        """Make anomaly maps, of shape (B, *image_size), of patch scores, of shape (B, h, w)."""
         rows, columns = (
             smoothed_resize_weights(patches, pixels, self.kernel)
             if torch.compiler.is_exporting()
@@ -86,15 +72,12 @@ def _smoothing(size: int, new_size: int, sigma: float) -> Tensor:
 
 
 def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
-    """Weights that resize one axis bilinearly, and smooth it with a kernel.
+    """Weights (size, new_size) that resize one axis bilinearly, and smooth it with a kernel.
 
     Args:
         size: Patches along the axis; may be symbolic, as ``new_size``.
         new_size: Pixels wanted, more than half of the kernel.
         kernel: A symmetric kernel of an odd number of taps.
-
-    Returns:
-        Weights of shape (size, new_size), to be multiplied from the right.
     """
     radius = len(kernel) // 2
     decay = F.pad(kernel[radius:], (0, 1))[:, None]
@@ -112,25 +95,13 @@ def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
 
 
 def central_view(images: Tensor) -> Tensor:
-    """The centre of images, seven eighths of a side, as a batch of smaller images (CFA++).
-
-    Args:
-        images: Images, or maps, of shape (..., H, W).
-    """
+    """The centre of images or maps (..., H, W), seven eighths of a side, as smaller ones (CFA++)."""
     (top, height), (left, width) = (_middle(side) for side in images.shape[-2:])
     return images[..., top : top + height, left : left + width]
 
 
 def average_views(whole: Tensor, central: Tensor) -> Tensor:
-    """Average two anomaly maps where both views see the image; elsewhere the whole image's stays (CFA++).
-
-    Args:
-        whole: Maps of whole images, of shape (B, H, W).
-        central: Maps of their :func:`central_view`, of shape (B, h, w).
-
-    Returns:
-        Maps of shape (B, H, W).
-    """
+    """Average maps (B, H, W) with those of their :func:`central_view` where both views see the image (CFA++)."""
     (top, height), (left, width) = (_middle(side) for side in whole.shape[-2:])
     margins = (left, whole.shape[-1] - left - width, top, whole.shape[-2] - top - height)
     return whole + F.pad((central - central_view(whole)) / 2, margins)

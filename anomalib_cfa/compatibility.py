@@ -16,12 +16,9 @@ def supported_versions() -> dict[str, Requirement]:
 
 
 def check_versions() -> None:
-    """Check that every package that this one needs is installed in a version within its range.
+    """Raise an ImportError that names all needed packages that are missing, or out of their range.
 
     Pre-releases and local builds (``2.12.0+cpu``) count by their version number.
-
-    Raises:
-        ImportError: A package is missing or outside its range. The message names all that are.
     """
     if problems := [problem for wanted in supported_versions().values() if (problem := _problem(wanted))]:
         msg = f"anomalib-cfa supports {'; '.join(problems)}. Install matching versions with `pip install anomalib-cfa`."

@@ -79,8 +79,8 @@ class PatchDescriptor(nn.Module):
         From then on the features are centred, too: otherwise the first steps would move all patches alike, and far.
 
         Args:
-            mean: Mean of the patch features, of shape (C,).
-            covariance: Covariance of the patch features, of shape (C, C), C being the channels of all levels.
+            mean: Mean of the patch features, of shape (C,), C being the channels of all levels.
+            covariance: Their covariance, of shape (C, C).
             seed: Chooses the D of C directions where the descriptor is narrower.
             power: How far variances are evened out, from 0, not at all, to 1.
         """
@@ -94,8 +94,7 @@ class PatchDescriptor(nn.Module):
     def affine(self) -> tuple[Tensor, Tensor]:
         """The descriptor as a map of features and coordinates as they are, centring and scale absorbed.
 
-        Returns:
-            Weights of the features of all levels, of y and of x, of shape (D, C + 2), and the offset, of shape (D,).
+        The weights, of shape (D, C + 2), are for the features of all levels, y and x; the offset is of shape (D,).
         """
         feature_weight, coordinate_weight = self.weight.split([sum(self.channels), 2], dim=1)
         feature_weight = feature_weight * self.feature_scale
@@ -118,14 +117,7 @@ class PatchDescriptor(nn.Module):
         return [*weight.T.split([*self.channels, 1, 1]), offset]
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Describe every patch of the finest level.
-
-        Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
-        Returns:
-            Patch descriptors of shape (B, h, w, D), h and w being the finest level's.
-        """
+        """Describe every patch of the finest level of a pyramid, by descriptors of shape (B, h, w, D)."""
         finest, *coarser, of_y, of_x, offset = self._exported or self._parts()
         maps = [rearrange(level, "b c h w -> b h w c") for level in pyramid]
         batch, height, width, _ = maps[0].shape

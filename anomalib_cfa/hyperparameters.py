@@ -147,26 +147,14 @@ def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
 
 
 def check_width(channels: int, gamma_d: int) -> None:
-    """Check that a patch descriptor has at least one channel.
-
-    Args:
-        channels: Those of the chosen layers together.
-        gamma_d: What they are divided by.
-
-    Raises:
-        ValueError: If nothing is left.
-    """
+    """Raise a ValueError if a patch descriptor of channels / gamma_d channels would have none."""
     if gamma_d > channels:
         msg = f"gamma_d must be at most {channels}, the number of channels of the chosen layers, but is {gamma_d}"
         raise ValueError(msg)
 
 
 def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_features: int) -> None:
-    """Check that a memory bank has a centre for each target.
-
-    Raises:
-        ValueError: If it has fewer than K + J.
-    """
+    """Raise a ValueError if a memory bank of so many centres does not have one for each of the K + J targets."""
     if num_nearest_neighbors + num_hard_negative_features > centers:
         msg = (
             "num_nearest_neighbors + num_hard_negative_features must be at most the memory bank's size of "

@@ -35,14 +35,11 @@ class CfaLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, squared_distances: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute both terms.
+        """Attraction and repulsion, each a scalar; their sum is the loss.
 
         Args:
             squared_distances: Squared distances to the K + J nearest centres or more, nearest first, of shape (..., k).
             radius: The hyperspheres' radius r, a scalar.
-
-        Returns:
-            Attraction and repulsion, each a scalar; their sum is the loss.
         """
         targets = self.num_nearest_neighbors + self.num_hard_negative_features
         attracting, repelling = squared_distances[..., :targets].tensor_split([self.num_nearest_neighbors], dim=-1)

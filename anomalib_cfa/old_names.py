@@ -19,9 +19,6 @@ def from_old_names(
         nu: Now a constant, that of the authors' code.
         beta: Now always 1 / i, for which an EMA weighs all images alike.
 
-    Returns:
-        Today's arguments.
-
     Raises:
         ValueError: If ``descriptor_start`` is neither.
     """

@@ -49,11 +49,7 @@ class OneClassPostProcessor(PostProcessor):
         return (*super()._checkpoint_config_keys, "false_alarm_rate")
 
     def update(self, predictions: InferenceBatch | ImageBatch) -> None:
-        """Take in normal images.
-
-        Args:
-            predictions: The model's scores of the images, of shape (B,), and its maps, of shape (B, H, W).
-        """
+        """Take in the scores, of shape (B,), and the maps, of shape (B, H, W), of normal images."""
         scores: Any = predictions.pred_score
         maps: Any = predictions.anomaly_map
         self._image_scores.update(scores)
@@ -62,8 +58,7 @@ class OneClassPostProcessor(PostProcessor):
     def finish(self, source: str) -> None:
         """Set thresholds and range from all images taken in, over all processes; nothing if none was.
 
-        Args:
-            source: What images they are, for the log.
+        The log says that they are from ``source``.
         """
         if not self._image_scores.update_called:
             return

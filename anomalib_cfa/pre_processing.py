@@ -36,12 +36,6 @@ def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
 
     Each ``Resize`` becomes an :class:`ExportableResize`, and each ``CenterCrop`` one that builds on anomalib's own
     exportable one, also inside of ``Compose``; all others stay.
-
-    Args:
-        transform: The transform to copy, or None.
-
-    Returns:
-        The copy, or None for None.
     """
     if isinstance(transform, v2.CenterCrop | ExportableCenterCrop):
         return SizedCenterCrop(transform.size)
@@ -55,14 +49,11 @@ def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
 
 
 def make_exportable(pre_processor: nn.Module | None) -> None:
-    """Make a pre-processor export the transform that it trains and tests with.
+    """Make a pre-processor, in place, export the transform that it trains and tests with.
 
     Sets the ``export_transform`` that anomalib's ``PreProcessor``, or a subclass, runs outside of the trainer, from its
     ``transform``. Anomalib puts its own there whenever it builds a pre-processor, restores one from a checkpoint or
     changes its size. Leaves None and modules without these two attributes alone.
-
-    Args:
-        pre_processor: The pre-processor, changed in place.
     """
     if pre_processor is None or not hasattr(pre_processor, "export_transform"):
         return
@@ -109,12 +100,7 @@ def configure_pre_processor(
 
 
 def warn_of_other_statistics(pre_processor: nn.Module | None, backbone: Backbone) -> None:
-    """Warn if a pre-processor does not normalize images as the backbone's weights were trained.
-
-    Args:
-        pre_processor: The user's own.
-        backbone: The backbone that reads its images.
-    """
+    """Warn if a user's pre-processor does not normalize images as the backbone's weights were trained."""
     for part in extract_transforms_by_type(getattr(pre_processor, "transform", None), v2.Normalize):
         if not _agree(part, backbone):
             logger.warning(
@@ -188,16 +174,10 @@ _DETERMINISTIC_TRANSFORMS = frozenset(
 
 
 def find_random_part(transform: v2.Transform | None) -> str | None:
-    """Name the first part of a transform that is not known to give the same image each time.
+    """Class name of the first part of a transform that is not known to give the same image each time, or None.
 
     Known are torchvision's and anomalib's own deterministic transforms and ``Compose`` of them, by their exact types: a
     subclass may do anything.
-
-    Args:
-        transform: The transform to look at, or None.
-
-    Returns:
-        The class name of the first part that is not known, or None if all are.
 
     Example:
         >>> find_random_part(v2.Compose([v2.Resize(64), v2.RandomRotation(90)]))

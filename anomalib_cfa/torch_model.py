@@ -79,7 +79,7 @@ class CfaModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
-        """Build the memory bank and calibrate the score, for a model that is used without training.
+        """Build the memory bank and calibrate the score, for use without training.
 
         Arguments and errors are those of :meth:`build`.
         """
@@ -93,8 +93,8 @@ class CfaModel(nn.Module):
         All processes end with the same, bit for bit.
 
         Args:
-            pyramids: Batches of normal images, each a pooled feature pyramid as :meth:`pyramid` gives it; walked over
-                several times. Each process has its own share of them.
+            pyramids: Batches of normal images, as :meth:`pyramid` gives them; walked over several times. Each process
+                has its own share of them.
             processes: Those that share the images. Default: this one alone.
 
         Raises:
@@ -122,10 +122,7 @@ class CfaModel(nn.Module):
 
     @torch.no_grad()
     def calibrate_all(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
-        """Calibrate the score with the descriptor as it is, which an epoch of training does on its way.
-
-        Arguments are those of :meth:`build`.
-        """
+        """Calibrate the score with the descriptor as it is, which an epoch of training does on its way."""
         processes = processes or Processes()
         self.calibration.restart()
         for block in self._all_blocks(pyramids, processes, "Calibrating the score"):
@@ -148,25 +145,17 @@ class CfaModel(nn.Module):
             yield from self.blocks(pyramid)
 
     def calibrate(self, squared: Tensor, indices: Tensor) -> None:
-        """Take in what is usual for normal patches.
+        """Take in what is usual for normal patches, whose nearest centres are given as by :meth:`targets`.
 
         A patch of which a centre was made lies nearer to it than a new one does, and, where images are aligned, so do
         the patches of the same place in all images. Each therefore counts by its nearest centre from another place;
         where none of those given is, by the last.
-
-        Args:
-            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
-            indices: Those centres' indices, of the same shape.
         """
         squared, indices = self.memory_bank.nearest_elsewhere(squared, indices)
         self.calibration.update(squared.sqrt(), indices)
 
     def finish_calibration(self, processes: Processes) -> None:
-        """Relate scores to the distances that the calibration has taken in.
-
-        Args:
-            processes: Those that share the images.
-        """
+        """Relate scores to the distances that the calibration has taken in, in all processes."""
         neighbors = None
         if self.score == "local" and self.memory_bank.is_built:
             neighbors = self.memory_bank.index.neighbors(min(_NEIGHBORS, len(self.memory_bank.centers)))
@@ -179,13 +168,10 @@ class CfaModel(nn.Module):
             check_neighbors(int(patches / self.gamma_c), self.num_nearest_neighbors, self.num_hard_negative_features)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Extract what the patch descriptor reads.
-
-        Args:
-            images: Pre-processed images of shape (B, 3, H, W).
+        """Extract what the patch descriptor reads of pre-processed images of shape (B, 3, H, W).
 
         Returns:
-            Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+            The pyramid: pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
 
         Raises:
             ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
@@ -219,14 +205,7 @@ class CfaModel(nn.Module):
             raise ValueError(msg)
 
     def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Describe the patches of an image.
-
-        Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
-        Returns:
-            Patch descriptors of shape (B, h, w, D).
-        """
+        """Describe the patches of a pyramid, by descriptors of shape (B, h, w, D)."""
         descriptors: Tensor = self.descriptor(pyramid)
         return descriptors
 
@@ -235,14 +214,7 @@ class CfaModel(nn.Module):
         return [parameter for parameter in (*self.descriptor.parameters(), self.radius) if parameter.requires_grad]
 
     def blocks(self, pyramid: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Split a batch into blocks of as many images as are fast to describe at a time, one at least.
-
-        Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
-        Yields:
-            The same of some of the images.
-        """
+        """Split a batch into blocks of as many images as are fast to describe at a time, one at least."""
         finest = pyramid[0]
         held = _BLOCK_BYTES if finest.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
         images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
@@ -251,12 +223,9 @@ class CfaModel(nn.Module):
     def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
 
-        Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
         Returns:
-            Squared distances, nearest first, and the centres' indices, both of shape (B, h, w, k) with a k of K + J, or
-            of six where those are fewer and there are as many centres, and the patch descriptors, of shape
+            Squared distances and indices of these centres, and never of fewer than six if there are as many, as
+            :meth:`~anomalib_cfa.bank.memory_bank.MemoryBank.nearest` gives them; and the patch descriptors, of shape
             (B, h, w, D).
         """
         descriptors = self.describe(pyramid)
@@ -265,24 +234,14 @@ class CfaModel(nn.Module):
         return *self.memory_bank.nearest(descriptors, neighbors), descriptors
 
     def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
-        """Set the memory bank's centres, of shape (N, D); their calibration starts anew.
-
-        Args:
-            centers: Centres of shape (N, D).
-            sources: Where each came from, see :class:`~anomalib_cfa.bank.MemoryBank`.
-        """
+        """Set the memory bank's centres, of shape (N, D), and their sources; their calibration starts anew."""
         self.memory_bank.assign(centers.to(self.descriptor.weight), sources)
         self.calibration.reset(len(centers))
 
     def patch_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Score each patch.
+        """Score each patch, for the anomaly map and for the image's score, both of shape (B, h, w).
 
-        Args:
-            pyramid: Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
-        Returns:
-            Scores for the anomaly map and for the image's score, both of shape (B, h, w). They differ where ``score``
-            is ``"local"`` only.
+        The two differ only where ``score`` is ``"local"``.
 
         Raises:
             ValueError: If a distance is not finite.
@@ -304,16 +263,7 @@ class CfaModel(nn.Module):
         return self.score_distances(*self.memory_bank.nearest(self.describe(pyramid).detach(), self.scored_neighbors))
 
     def score_distances(self, squared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Score patches by their distances.
-
-        Args:
-            squared: Squared distances to the :attr:`scored_neighbors` nearest centres, nearest first, of shape
-                (B, h, w, k).
-            indices: Those centres' indices, of the same shape.
-
-        Returns:
-            As :meth:`patch_scores`.
-        """
+        """Score patches as :meth:`patch_scores` does, by what the bank finds for :attr:`scored_neighbors` centres."""
         distances = squared.sqrt()
         # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
         nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
@@ -349,15 +299,7 @@ class CfaModel(nn.Module):
         return self.smooth(self.patch_scores(self.pyramid(images)), images.shape[-2:])
 
     def smooth(self, patch_scores: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
-        """Make maps of patch scores.
-
-        Args:
-            patch_scores: Those of :meth:`patch_scores`.
-            image_size: Height and width of the maps, in pixels.
-
-        Returns:
-            The anomaly map and, where the image's score has another one, that, each of shape (B, H, W).
-        """
+        """Make the anomaly map of shape (B, H, W) and, where the image's score has a map of its own, that one."""
         height, width = image_size
         chosen = patch_scores if self.score == "local" else patch_scores[:1]
         return [self.anomaly_map_generator(scores, (height, width)) for scores in chosen]

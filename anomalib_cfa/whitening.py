@@ -42,13 +42,7 @@ class PatchStatistics:
         self.products = products if self.products is None else self.products + products
 
     def moments(self, processes: Processes) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the patch features that all processes took in.
-
-        Args:
-            processes: Those that share the images.
-
-        Returns:
-            Of shapes (C,) and (C, C), C being the channels of all levels.
+        """Mean (C,) and covariance (C, C) of the patch features that all processes took in.
 
         Raises:
             ValueError: If there was no image.

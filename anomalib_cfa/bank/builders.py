@@ -33,10 +33,7 @@ class BankBuilder(ABC):
         self._size: torch.Size | None = None
 
     def update(self, descriptors: Tensor) -> None:
-        """Take in some images.
-
-        Args:
-            descriptors: Their patch descriptors of shape (B, h, w, D).
+        """Take in the patch descriptors of some images, of shape (B, h, w, D).
 
         Raises:
             ValueError: If these images have another number of patches than those before.
@@ -58,12 +55,7 @@ class BankBuilder(ABC):
 
     @abstractmethod
     def centers(self) -> tuple[Tensor, Tensor | None]:
-        """Put the parts of all processes together.
-
-        Returns:
-            The centres of all images taken in, of shape (N, D), and where each came from, of shape (N, 3), as
-            :class:`~anomalib_cfa.bank.MemoryBank` keeps it; None where that is not known.
-        """
+        """Centres of all processes' images, of shape (N, D), and where each came from, of shape (N, 3), if known."""
 
     def _compressed(self, patches: int) -> int:
         """How many centres so many patches of an image are compressed to."""

@@ -41,11 +41,7 @@ class CenterCalibration(DynamicBufferMixin):
         return {**self.__dict__, "_sums": None}
 
     def reset(self, centers: int) -> None:
-        """Forget everything: distances count as they are until :meth:`finish`.
-
-        Args:
-            centers: Size N of the memory bank.
-        """
+        """Forget everything: the distances to this many centres count as they are until :meth:`finish`."""
         self.mean = self.mean.new_zeros(centers)
         self.deviation = self.deviation.new_ones(centers)
         self.restart()
@@ -56,12 +52,7 @@ class CenterCalibration(DynamicBufferMixin):
 
     @torch.no_grad()
     def update(self, distances: Tensor, indices: Tensor) -> None:
-        """Take in normal patches.
-
-        Args:
-            distances: Distance of each patch to its nearest centre, of any shape.
-            indices: The index of that centre, of the same shape.
-        """
+        """Take in normal patches: their distances to the nearest centre and its indices, both of one shape."""
         if self._sums is None:
             self.restart()
         assert self._sums is not None
@@ -95,15 +86,7 @@ class CenterCalibration(DynamicBufferMixin):
         self.deviation = variance.clamp(min=1e-12).sqrt().to(self.deviation.dtype)
 
     def forward(self, distances: Tensor, indices: Tensor) -> Tensor:
-        """Score patches, in deviations above what is usual around their centre.
-
-        Args:
-            distances: Distance of each patch to its nearest centre, of any shape.
-            indices: The index of that centre, of the same shape.
-
-        Returns:
-            Scores of the same shape.
-        """
+        """Score patches, given as for :meth:`update`, in deviations above what is usual around their centre."""
         # As a product and a sum of looked-up values, flattened and not indexed, it stays in float32 in OpenVINO.
         scale = 1 / self.deviation[:, None]
         shift = -self.mean[:, None] * scale

@@ -64,11 +64,7 @@ class MemoryBank(DynamicBufferMixin):
         return index
 
     def assign(self, centers: Tensor, sources: Tensor | None = None) -> None:
-        """Set the centres.
-
-        Args:
-            centers: Centres of shape (N, D).
-            sources: Where each came from, of shape (N, 3); None if that is not known.
+        """Set the centres, of shape (N, D), and where each came from, of shape (N, 3), if that is known.
 
         Raises:
             ValueError: If a centre is not finite.
@@ -84,11 +80,7 @@ class MemoryBank(DynamicBufferMixin):
         self.assign(self.centers.new_empty(0, 0))
 
     def nearest(self, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Find and measure the k nearest centres, by the rule of :class:`CenterIndex`.
-
-        Args:
-            descriptors: Patch descriptors of shape (B, h, w, D).
-            k: How many centres, at most N.
+        """Find and measure the k nearest centres of patch descriptors of shape (B, h, w, D).
 
         Returns:
             Squared distances in float32, nearest first, differentiable in the descriptors, and the centres' indices,
@@ -98,11 +90,7 @@ class MemoryBank(DynamicBufferMixin):
         return squared, indices
 
     def nearest_elsewhere(self, squared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each patch's nearest centres the first that came from another place in the image.
-
-        Args:
-            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
-            indices: Those centres' indices, of the same shape.
+        """Of each patch's nearest centres, given as by :meth:`nearest`, the first that came from another place.
 
         Returns:
             Squared distance and index of that centre, both of shape (B, h, w): of the last centre where none came from

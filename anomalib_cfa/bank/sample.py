@@ -34,11 +34,7 @@ class PatchSample:
         return self._parts[0][0].device
 
     def update(self, descriptors: Tensor) -> None:
-        """Take in some images.
-
-        Args:
-            descriptors: Their patch descriptors of shape (B, h, w, D).
-        """
+        """Take in the patch descriptors of some images, of shape (B, h, w, D)."""
         _, height, width, channels = descriptors.shape
         most = min(self.capacity, _MOST_BYTES // (4 * channels))
         most = max(most // self.processes.count, 1)

@@ -77,16 +77,7 @@ class CenterIndex(nn.Module):
             self.register_buffer(name, tensor.contiguous(), persistent=False)
 
     def forward(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Find and measure each query's k nearest centres.
-
-        Args:
-            queries: Patch descriptors of shape (B, h, w, D).
-            k: How many centres, at most N.
-
-        Returns:
-            Squared distances in float32, differentiable in the queries, nearest first, and the centres' indices, both
-            of shape (B, h, w, k).
-        """
+        """Find and measure the k nearest centres, see :meth:`~anomalib_cfa.bank.memory_bank.MemoryBank.nearest`."""
         with torch.autocast(queries.device.type, enabled=False):
             queries = queries.float()
             if torch.compiler.is_exporting():
@@ -102,14 +93,7 @@ class CenterIndex(nn.Module):
 
     @torch.no_grad()
     def neighbors(self, k: int) -> Tensor:
-        """The centres nearest to each centre, itself included.
-
-        Args:
-            k: How many, at most N.
-
-        Returns:
-            Their indices, of shape (N, k).
-        """
+        """Indices of the k centres nearest to each centre, itself included, of shape (N, k)."""
         if not self.has_two_levels:
             whole: Tensor = self(self.centers[:, None, None], k)[1]
             return whole[:, 0, 0]

@@ -52,9 +52,7 @@ class CaseKeeper(Callback):
     def draw(self, folder: Path, root: Path) -> list[Case]:
         """Draw what was kept: the best before the worst, and the defective before the normal image.
 
-        Args:
-            folder: Where the pictures go.
-            root: The run's folder, to which the cases' paths are relative.
+        The cases' paths are relative to ``root``, the run's folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         cases = []
@@ -110,12 +108,7 @@ def _draw(pictured: dict[str, Any], path: Path) -> None:
 
 
 def heat_map_page(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
-    """Sections of a Markdown page: one for each category, with the pictures of each setting's first seed.
-
-    Args:
-        results: Results of a run.
-        labels: Name of each result's setting.
-    """
+    """Sections of a Markdown page: one for each category, with the pictures of each setting's first seed."""
     yield "# Best and worst cases"
     yield (
         "From left to right: image, ground truth, heat map, predicted outline. Best and worst is by how far a score "

@@ -15,16 +15,9 @@ _MARKERS = {"paper": "_", "anomalib": "x"}
 
 
 def draw_bars(summary: pd.DataFrame, folder: Path) -> dict[str, Path]:
-    """Draw each column of :data:`PLOTTED`: a group of bars for each category, a bar for each setting.
+    """Draw each column of :data:`PLOTTED` that has a value: a group of bars for each category, a bar for each setting.
 
-    Whiskers show the standard deviation over seeds, marks the published figures.
-
-    Args:
-        summary: From :func:`anomalib_cfa.benchmark.tables.summarize`.
-        folder: Where the pictures go.
-
-    Returns:
-        The pictures by column, without those of columns that have no value.
+    Whiskers show the standard deviation over seeds, marks the published figures. Returns the pictures by column.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}

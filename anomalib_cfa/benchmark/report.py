@@ -22,14 +22,10 @@ _F1_NOTES = {
 
 
 def write_report(folder: Path | str) -> Path:
-    """Write the report of a run, finished or not, into the run's folder.
+    """Write the report of a run, finished or not, into the run's folder, and return ``report.md``.
 
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        ``report.md``; beside it ``heat_maps.md``, ``results.csv`` with a row for each job, ``summary.csv`` with a row
-        for each setting and category, and ``plots/``.
+    Beside it go ``heat_maps.md``, ``results.csv`` with a row for each job, ``summary.csv`` with a row for each setting
+    and category, and ``plots/``.
 
     Raises:
         ValueError: If the folder has no result.

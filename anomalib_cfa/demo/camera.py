@@ -21,14 +21,7 @@ def grid(size: int) -> tuple[Field, Field]:
 
 
 def noise(rng: np.random.Generator, size: int, sigma: float, sigma_x: float | None = None) -> Field:
-    """Smooth Gaussian noise of unit variance.
-
-    Args:
-        rng: Source of randomness.
-        size: Side of the field in pixels.
-        sigma: Size of its spots, in pixels; along y only where ``sigma_x`` is given.
-        sigma_x: Size of its spots along x, in pixels.
-    """
+    """Smooth Gaussian noise of unit variance, in spots of ``sigma`` pixels; of ``sigma_x`` along x if it is given."""
     margin = int(3 * max(sigma, sigma_x or 0)) + 1  # blurred wider and cut, so the border looks like the middle
     white = rng.standard_normal((size + 2 * margin, size + 2 * margin), dtype=np.float32)
     smooth = cv2.GaussianBlur(white, (0, 0), sigmaX=sigma if sigma_x is None else sigma_x, sigmaY=sigma)
@@ -49,11 +42,7 @@ def blend(picture: Picture, colour: Field | tuple[float, float, float], opacity:
 
 
 def photograph(rng: np.random.Generator, picture: Picture) -> NDArray[np.uint8]:
-    """Take the picture: uneven light, exposure, vignetting, the lens's blur, and shot and read noise.
-
-    Returns:
-        The image as it is stored, uint8 of shape (size, size, 3), RGB.
-    """
+    """Take the picture: uneven light, exposure, vignetting, blur, shot and read noise; RGB in uint8."""
     size = len(picture)
     y, x = grid(size)
     angle = rng.uniform(0, 2 * np.pi)

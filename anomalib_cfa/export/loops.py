@@ -18,13 +18,9 @@ _STRIP = 64  # rows that are resized at a time; images are padded to multiples o
 
 
 def leading_resize(pre_processor: nn.Module | None) -> tuple[int, int] | None:
-    """The size to which a pre-processor brings an image before anything else.
+    """Height and width to which an exportable pre-processor brings an image before anything else.
 
-    Args:
-        pre_processor: One that was made exportable.
-
-    Returns:
-        Height and width; None if it does not begin with an anti-aliased bilinear resize to a fixed size.
+    None if it does not begin with an anti-aliased bilinear resize to a fixed size.
     """
     first = getattr(pre_processor, "export_transform", None)
     while isinstance(first, v2.Compose):
@@ -38,17 +34,10 @@ def leading_resize(pre_processor: nn.Module | None) -> tuple[int, int] | None:
 
 
 def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
-    """Run a batch as a loop over its images.
+    """Run a batch as a loop over its images, whose body becomes ``model``.
 
     Within the loop the number of images is known to be one, and with it every size behind a resize: memory is used
-    again.
-
-    Args:
-        model: An OpenVINO model of one input, whose outputs all have the batch as their first dimension. It becomes
-            the loop's body.
-
-    Returns:
-        A model of the same input and outputs.
+    again. The model has one input; its outputs all have the batch as their first dimension.
     """
     from openvino import opset13  # noqa: PLC0415 - optional
 
@@ -60,17 +49,10 @@ def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is option
 
 
 def one_image_of_any_size_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
-    """The same of a model that takes images of one size, with a resize in front of it.
+    """The same of a model that takes images (N, 3, h, w) of one known size, with a resize in front of it.
 
     The resize adds up strips of the image, padded with zeros, so that a product's shape depends on the image's width
     alone, and on that by steps.
-
-    Args:
-        model: An OpenVINO model of one input, images of shape (N, 3, h, w) of which h and w are known, whose outputs
-            all have the batch as their first dimension.
-
-    Returns:
-        A model of the same outputs, whose input is images of any size.
     """
     import openvino  # noqa: PLC0415 - optional
     from openvino import opset13  # noqa: PLC0415 - optional

@@ -16,14 +16,7 @@ _NO_OPERATIONS = ("Parameter", "Result", "Constant")
 
 
 def module_names(onnx_path: Path) -> dict[str, str]:
-    """Find the module that each node of an exported ONNX file comes from.
-
-    Args:
-        onnx_path: A file that :func:`torch.onnx.export` wrote.
-
-    Returns:
-        The module's dotted path (``model.descriptor``) by the node's name, for those nodes for which it is known.
-    """
+    """The module (``model.descriptor``) that each node of an exported ONNX file comes from, where it is known."""
     import onnx  # noqa: PLC0415 - optional
 
     names = {}
@@ -37,16 +30,10 @@ def module_names(onnx_path: Path) -> dict[str, str]:
 
 
 def outside_of(module: str, model: Any, names: Mapping[str, str]) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
-    """Operations of an OpenVINO model that do not come from a module.
+    """Operations of an OpenVINO model that do not come from a module, given by its dotted path.
 
-    Args:
-        module: The module's dotted path.
-        model: The OpenVINO model.
-        names: :func:`module_names` of the ONNX file that it was converted from.
-
-    Returns:
-        The operations as :func:`operations` gives them. One that OpenVINO or NNCF added is taken to belong to what it
-        follows.
+    ``names`` are the :func:`module_names` of the ONNX file that it was converted from. An operation that OpenVINO or
+    NNCF added is taken to belong to what it follows.
     """
     inside: set[str] = set()
     outside = []
@@ -70,11 +57,7 @@ def operations(model: Any) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
 
 
 def use_single_output_max_pools(model: Any) -> None:  # noqa: ANN401 - OpenVINO is optional
-    """Replace max pools that also tell where the maxima lie: OpenVINO would replace them later, and lose their marks.
-
-    Args:
-        model: The OpenVINO model, changed in place.
-    """
+    """Replace max pools that also tell where the maxima lie: OpenVINO would do so later, and lose their marks."""
     from openvino import opset1  # noqa: PLC0415 - optional
 
     for pool in operations(model):
@@ -94,9 +77,6 @@ def keep_float32(marked: list[Any]) -> None:
 
     It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by
     others: the network is written in forms that it keeps.
-
-    Args:
-        marked: Operations of an OpenVINO model, marked in place.
     """
     for operation in marked:
         constants = [value.get_node() for value in operation.input_values()]

@@ -30,11 +30,7 @@ _PIXEL_STRIDE = 4  # the map is smooth, and all of its pixels would take minutes
 def check_compression(
     compression_type: CompressionType | None, datamodule: AnomalibDataModule | None, max_drop: float
 ) -> None:
-    """Check what a compression needs, before any work starts.
-
-    Raises:
-        ValueError: If the data module is missing or has too few images, or ``max_drop`` is out of its range.
-    """
+    """Raise a ValueError if a compression's data module is missing or too small, or ``max_drop`` out of its range."""
     if not 0 <= max_drop <= 1:
         msg = f"max_drop must be between 0 and 1, but is {max_drop!r}"
         raise ValueError(msg)

@@ -50,10 +50,7 @@ class Backbone:
 
 
 def find_backbone(name: str) -> Backbone:
-    """Look up a backbone by anomalib's or timm's name.
-
-    Args:
-        name: One of :data:`PAPER_WEIGHTS`, or any timm model, with a tag or with timm's default tag.
+    """Look up a backbone: one of :data:`PAPER_WEIGHTS`, or any timm model, with a tag or with timm's default tag.
 
     Raises:
         ValueError: If there is no such model or tag; the message lists close names.

@@ -23,14 +23,9 @@ def build_network(
 ) -> nn.Module:
     """Build a network that maps images (B, 3, H, W) to a list of maps (B, C, h, w), one per layer, in their order.
 
-    Nothing deeper than the deepest layer is kept. The maps' channels and strides are in its ``feature_info``.
-
-    Args:
-        name: timm's name.
-        layers: Names of layers, as timm's ``feature_info`` gives them; those of a ResNet, VGG or EfficientNet may be
-            its single blocks too. None takes :func:`default_layers`.
-        image_size: Height and width of the images, in pixels, for models that are built for one size.
-        options: Passed to :func:`timm.create_model`.
+    Nothing deeper than the deepest layer is kept. The maps' channels and strides are in its ``feature_info``. Layers
+    go by the names in timm's ``feature_info``; those of a ResNet, VGG or EfficientNet may be its single blocks too.
+    None takes :func:`default_layers`. ``options`` are :func:`timm.create_model`'s.
 
     Raises:
         ValueError: If the model has no such layers, listing those that it has, or gives no feature maps.
@@ -90,11 +85,9 @@ def map_shapes(network: nn.Module, height: int, width: int) -> list[torch.Size]:
 class StepwiseFeatures(nn.Module):
     """Feature maps at single blocks of a network that is a plain chain of modules.
 
-    timm's ``features_only`` reads whole stages only; the authors read single blocks of EfficientNet-B5.
-
-    Args:
-        model: The whole network. What lies beyond the deepest layer is removed from it.
-        layers: Names of modules in the chain, or of ``nn.Sequential`` containers of them.
+    timm's ``features_only`` reads whole stages only; the authors read single blocks of EfficientNet-B5. What lies
+    beyond the deepest layer is removed from the model. A layer may be a module of the chain, or an ``nn.Sequential``
+    container of them.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:

@@ -160,11 +160,7 @@ class PatchFeatures(nn.Module):
         return {key.removeprefix("model."): value for key, value in twin.state_dict().items()}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Check that the backbone takes images of height x width pixels.
-
-        Raises:
-            ValueError: If they are smaller than the deepest level's stride, or of a size that the model does not take.
-        """
+        """Raise a ValueError if images are smaller than the deepest stride, or of a size the model does not take."""
         if (height, width) in self._checked_sizes:
             return
         deepest = self.strides[-1]
@@ -190,14 +186,7 @@ class PatchFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Pooled feature pyramid.
-
-        Args:
-            images: Pre-processed images of shape (B, 3, H, W).
-
-        Returns:
-            Maps of shape (B, C_l, h_l, w_l), finest first.
-        """
+        """The pyramid of pre-processed images (B, 3, H, W): pooled maps (B, C_l, h_l, w_l), finest first."""
         maps = iter(self._running(images)(images.contiguous(memory_format=torch.channels_last)))
         pyramid = []
         for layers, channels in zip(self.layers_per_level, self.channels, strict=True):

@@ -18,9 +18,8 @@ _LISTED_KEYS = 5
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a local file, without running any code that the file may hold.
 
-    Args:
-        path: A ``.safetensors``, ``.pth`` or ``.pt`` file with the keys of timm's model, which are torchvision's too
-            for ResNets and VGGs. Keys of layers that the network does not have are ignored.
+    The file is ``.safetensors``, ``.pth`` or ``.pt``, with the keys of timm's model, which are torchvision's too for
+    ResNets and VGGs. Keys of layers that the network does not have are ignored.
 
     Raises:
         FileNotFoundError: If there is no such file.

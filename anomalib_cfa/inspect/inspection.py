@@ -60,19 +60,7 @@ def inspect_folder(model: Path, folder: Path, page: Path, embed: bool = False, d
 def inspect_samples(
     predictor: Predictor, samples: Sequence[Sample], page: Path, title: str, model_name: str, embed: bool = False
 ) -> Inspection:
-    """The same for images from anywhere.
-
-    Args:
-        predictor: Predicts them.
-        samples: The images.
-        page: File to write.
-        title: The page's title.
-        model_name: What the page calls the model.
-        embed: Whether the page holds everything itself.
-
-    Raises:
-        ValueError: If no image can be processed, or the model does not normalize its scores.
-    """
+    """The same for images from anywhere, with the page's title and what it calls the model."""
     target = PageFolder(page, embed)
     own = target.files.resolve()
     samples = [sample for sample in samples if own not in sample.path.resolve().parents]

@@ -44,19 +44,10 @@ class PageFolder:
             page.unlink()
 
     def add(self, index: int, picture: bytes, heat_map: bytes, mask: bytes | None) -> dict[str, str]:
-        """Save what an image needs only when it is opened.
+        """Save what an image needs only when it is opened, encoded as WebP, and return what the page is told of it.
 
         A page that is opened from the disk may show pictures beside it, but not read their pixels; so the maps, which
         it colours itself, are scripts that hand them over.
-
-        Args:
-            index: The image's place.
-            picture: The image, as WebP.
-            heat_map: Grey levels of its anomaly map, as WebP.
-            mask: The true mask, as WebP, if there is one.
-
-        Returns:
-            What the page is told: where the pictures are, or the pictures.
         """
         maps = {"map": data_uri(heat_map)}
         if mask is not None:
@@ -77,11 +68,7 @@ class PageFolder:
         return quote(path.relative_to(self.page.parent).as_posix())
 
     def write(self, **data: Any) -> None:  # noqa: ANN401 - plain data, as in JSON
-        """Write the page, and remove the pictures of an earlier one.
-
-        Args:
-            **data: What it shows; see ``page.html.jinja`` and the scripts beside it.
-        """
+        """Write the page of this data, see ``page.html.jinja``, and remove the pictures of an earlier one."""
         palette = mpl.colormaps[_COLOURS].resampled(LEVELS + 1)
         data["colours"] = [to_hex(palette(level))[1:] for level in range(LEVELS + 1)]
         template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(

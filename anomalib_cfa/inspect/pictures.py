@@ -20,12 +20,7 @@ View = tuple[float, float, float, float]
 
 
 def crop(image: Image.Image, view: View) -> Image.Image:
-    """Cut out what the model sees.
-
-    Args:
-        image: The image.
-        view: Left, top, right and bottom, as parts of its width and height.
-    """
+    """Cut out what the model sees: a box from left, top to right, bottom in parts of the image's width and height."""
     sides = (image.width, image.height) * 2
     left, top, right, bottom = (round(part * side) for part, side in zip(view, sides, strict=True))
     return image.crop((left, top, right, bottom))
@@ -64,12 +59,7 @@ def data_uri(encoded: bytes) -> str:
 
 
 def patch_picture(image: Image.Image, place: tuple[float, float]) -> bytes:
-    """A square of a quarter of the image's shorter side around a place, for a look at one patch.
-
-    Args:
-        image: The image as the model sees it.
-        place: The patch's middle, x and y as parts of the image's width and height.
-    """
+    """A square of a quarter of the shorter side around a place (x, y), in parts of the width and the height."""
     side = max(min(image.size) // 4, 1)
     left, top = (
         min(max(round(part * length - side / 2), 0), length - side)

@@ -139,11 +139,7 @@ Predictor = ModelPredictor | OpenVINOPredictor
 
 
 def load_predictor(path: Path, device: str | None = None) -> Predictor:
-    """Load a model.
-
-    Args:
-        path: A checkpoint (``.ckpt``) or an exported model (``.xml``, ``.onnx``).
-        device: Where to compute.
+    """Load a checkpoint (``.ckpt``) or an exported model (``.xml``, ``.onnx``).
 
     Raises:
         ValueError: If there is no such file, or it is something else.

@@ -26,15 +26,9 @@ class Reason:
 
 
 def find_reason(model: Cfa, descriptors: Tensor) -> Reason | None:
-    """Find the worst patch of an image, and the normal patch nearest to it.
+    """Find the worst patch of an image with descriptors (h, w, D), and the normal patch nearest to it.
 
-    Args:
-        model: A fitted model.
-        descriptors: Its descriptors of the image's patches, of shape (h, w, D).
-
-    Returns:
-        The reason for the image's score; None if the model cannot tell: it was saved by 0.1.0, or its bank is of mean
-        features.
+    None if the model cannot tell: it was saved by 0.1.0, or its bank is of mean features.
     """
     network, images = model.model, model.training_images
     sources = network.memory_bank.sources

@@ -82,11 +82,7 @@ def find_samples(folder: Path) -> list[Sample]:
 
 
 def listed_samples(table: pd.DataFrame) -> list[Sample]:
-    """The images of an anomalib data set.
-
-    Args:
-        table: Its ``samples``, with ``image_path`` and ``label_index``, and perhaps ``label`` and ``mask_path``.
-    """
+    """The images of an anomalib data set, whose ``samples`` may lack ``label`` and ``mask_path``."""
     paths = [Path(path) for path in table["image_path"]]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     kinds = table["label"] if "label" in table else [""] * len(paths)

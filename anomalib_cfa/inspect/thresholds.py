@@ -16,14 +16,10 @@ _CONFIG = "anomalib_post_processor_config"
 
 
 def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | None = None) -> None:
-    """Set the thresholds with which a checkpoint predicts and is exported, in the file itself.
+    """Set the thresholds with which a checkpoint predicts and is exported, in the file itself, in one step.
 
-    They are kept as anomalib's ``image_sensitivity`` and ``pixel_sensitivity``, which are 1 minus the threshold.
-
-    Args:
-        checkpoint: The file, replaced in one step.
-        image: Normalized score above which an image is called defective. None: unchanged.
-        pixel: Likewise of a pixel.
+    They are of normalized scores; None leaves one as it is. They are kept as anomalib's ``image_sensitivity`` and
+    ``pixel_sensitivity``, which are 1 minus the threshold.
 
     Raises:
         ValueError: If a threshold is not from 0 to 1, or the checkpoint is not one of anomalib's with a post-processor.

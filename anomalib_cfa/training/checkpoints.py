@@ -16,14 +16,7 @@ _SIZES: dict[str, tuple[str | None, ...]] = {
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was written by this package's Cfa, and is whole.
-
-    Args:
-        checkpoint: The loaded checkpoint.
-
-    Raises:
-        ValueError: If it was not, saying what to do; or if it is damaged.
-    """
+    """Raise a ValueError if a checkpoint is not of this package's Cfa, saying what to do, or is damaged."""
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         msg = "The checkpoint must hold a state_dict, but has none: it is not a Lightning checkpoint, or is damaged"

@@ -32,11 +32,7 @@ _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Check the trainer's own arguments.
-
-    Raises:
-        ValueError: If one of them cannot be followed, naming it, what it must be, and what it was.
-    """
+    """Raise a ValueError if a trainer's argument cannot be followed, naming it, what it must be, and what it was."""
     if trainer.precision not in _PRECISIONS:
         wanted = ", ".join(map(repr, _PRECISIONS))
         msg = f"precision must be one of {wanted}, as anomalib's images are of float32, but is {trainer.precision!r}"
@@ -78,8 +74,7 @@ def check_batch(batch: object) -> None:
 def do_without_validation(trainer: Trainer) -> int | float:
     """Skip validation where the data module has no images for it; anomalib would fail asking for them.
 
-    Returns:
-        The trainer's ``limit_val_batches``, to be put back when the run ends.
+    Returns the trainer's ``limit_val_batches``, to be put back when the run ends.
     """
     limit, datamodule = trainer.limit_val_batches, getattr(trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):

@@ -141,14 +141,7 @@ class TrainingFeatures:
         return True
 
     def pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:
-        """Features of a batch that has passed the pre-processor.
-
-        Args:
-            batch: Images, or the places of images of which some may be kept.
-
-        Returns:
-            Pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-        """
+        """The pyramid of a pre-processed batch: of images, or of places of images whose features may be kept."""
         if isinstance(batch.image, Tensor):
             height, width = batch.image.shape[-2:]
             self.image_size = height, width

@@ -60,12 +60,6 @@ def training_loader(
     torch's sampler for several processes serves a single one as well: any number of processes sees the same global
     batches, and a resumed run the order that it would have seen.
 
-    Args:
-        loader: The data module's loader.
-        trainer: Knows the processes.
-        seed: Governs the order.
-        store: The features to keep, if they can be.
-
     Returns:
         A loader of the same images, which waits; the same one where it does not shuffle and nothing is kept.
     """
@@ -93,13 +87,8 @@ def feature_store(
 ) -> FeatureStore | None:
     """A store for the features of a loader's images, or None, saying why, where they may differ between epochs.
 
-    Args:
-        loader: The data module's loader.
-        pre_processor: What the images pass through after the data set's own transforms.
-        budget: GiB that may be held in memory; 0 keeps nothing.
-        folder: Where features beyond the budget go.
-        before: The store of a loader that this one replaces, which stays if the images are as many and treated alike:
-            it knows changed files.
+    ``budget`` is in GiB; features beyond it go to ``folder``. ``before``, the store of a loader that this one replaces,
+    stays if the images are as many and treated alike: it knows changed files.
     """
     reason = "feature_budget is 0" if budget == 0 else _may_differ(loader, pre_processor)
     if reason is not None:

@@ -56,24 +56,13 @@ class OutOfBagScores:
         self._found = []
 
     def start_batch(self, paths: Sequence[str] | None, image_size: tuple[int, int]) -> None:
-        """Say whose patches come next.
-
-        Args:
-            paths: The images' paths. None: they are not known, and the batch is passed over.
-            image_size: Height and width of the images in pixels.
-        """
+        """Say whose patches come next, and the size of the images in pixels. A batch without paths is passed over."""
         self._coming = [self._places.get(str(path), _UNKNOWN) for path in paths or []]
         self._image_size = image_size
 
     @torch.no_grad()
     def update(self, squared: Tensor, indices: Tensor, descriptors: Tensor) -> None:
-        """Take in the next images of the batch.
-
-        Args:
-            squared: Squared distances of each patch to its nearest centres, nearest first, of shape (B, h, w, k).
-            indices: Those centres' indices, of the same shape.
-            descriptors: The patch descriptors, of shape (B, h, w, D).
-        """
+        """Take in the next images of the batch: what :meth:`CfaModel.targets` found."""
         count = len(squared)
         if len(self._coming) < count:
             return
@@ -89,11 +78,9 @@ class OutOfBagScores:
 
     @torch.no_grad()
     def predictions(self) -> Iterator[InferenceBatch]:
-        """Predict the epoch's images as the model is now.
+        """Scores (B,) and maps (B, H, W) of the epoch's images by the model as it is now.
 
-        Yields:
-            The scores of some images, of shape (B,), and their maps, of shape (B, H, W). An image that all centres came
-            from has none.
+        An image that all centres came from has none.
         """
         for _, of_map, of_image in self._patch_scores():
             scored = of_map.flatten(1).isfinite().all(dim=1)
@@ -120,11 +107,7 @@ class OutOfBagScores:
         return distances.square(), indices
 
     def worst(self, processes: Processes) -> WorstFitting:
-        """The images that stand out from all that were taken in since the fit began, each by its last score.
-
-        Args:
-            processes: Those that share the images.
-        """
+        """The images that stand out from all that were taken in since the fit began, each by its last score."""
         for places, _, of_image in self._patch_scores():
             known = places >= 0
             self._scores[places[known]] = of_image.flatten(1).amax(dim=1).float().cpu()[known]

@@ -45,20 +45,13 @@ class CfaCheckpoints(AnomalibModule):
     worst_fitting: WorstFitting
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save with the components the paths of the images that the memory bank came from, and which fit worst.
-
-        Args:
-            checkpoint: The checkpoint to be written.
-        """
+        """Save with the components the paths of the images that the memory bank came from, and which fit worst."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TRAINING_IMAGES] = self.training_images
         checkpoint[_WORST_FITTING] = self.worst_fitting
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that the checkpoint holds.
-
-        Args:
-            checkpoint: The loaded checkpoint.
 
         Raises:
             ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
@@ -143,9 +136,6 @@ class CfaCheckpoints(AnomalibModule):
 
     def change_arguments(self, given: Mapping[str, Any]) -> None:
         """Change arguments of a restored model that may change afterwards.
-
-        Args:
-            given: The new arguments by name.
 
         Raises:
             ValueError: If one contradicts the model.

@@ -46,10 +46,7 @@ def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def merge(saved: Mapping[str, Any], given: Mapping[str, Any], *, fitting: bool) -> dict[str, Any]:
     """The arguments of the model that a checkpoint holds: the saved ones, and those given that may change afterwards.
 
-    Args:
-        saved: The checkpoint's, from :func:`saved_arguments`.
-        given: Those that the user gave.
-        fitting: Whether a fit goes on from the checkpoint.
+    Where a fit goes on from the checkpoint (``fitting``), fewer of them may.
 
     Raises:
         ValueError: If one that is given contradicts the checkpoint, naming both values and what to type.
@@ -78,11 +75,7 @@ def _contradiction(name: str, saved: object, given: object) -> ValueError:
 
 
 def check_layers(saved: Sequence[str], given: Sequence[str]) -> None:
-    """Check that the layers that were given are those of the checkpoint's network.
-
-    Raises:
-        ValueError: If they are others.
-    """
+    """Raise a ValueError if the layers that were given are not those of the checkpoint's network."""
     if set(saved) != set(given):
         raise _contradiction("layers", list(saved), list(given))  # noqa: EM101 - a name, no message
 
@@ -90,16 +83,7 @@ def check_layers(saved: Sequence[str], given: Sequence[str]) -> None:
 def check_pre_processing(
     checkpoint: Mapping[str, Any], pre_processor: nn.Module | None, given: Mapping[str, Any]
 ) -> None:
-    """Check that what was given of the pre-processing is what the model was trained with.
-
-    Args:
-        checkpoint: The checkpoint.
-        pre_processor: The new model's.
-        given: The user's arguments, those of the pre-processing among them.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise a ValueError if what was given of the pre-processing is not what the model was trained with."""
     given = {name: value for name, value in given.items() if name in _PRE_PROCESSING}
     enabled = (checkpoint.get("anomalib_components_enabled") or {}).get("pre_processor", True)
     saved = (checkpoint.get("anomalib_pre_processor_config") or {}).get("transform") if enabled else None

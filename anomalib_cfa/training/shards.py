@@ -14,9 +14,6 @@ def bank_images(trainer: Trainer) -> list[int]:
 
     A sampler of the user's own is asked once. Where the trainer limits training batches, they are the first epoch's.
 
-    Args:
-        trainer: Holds the training images' loader, and knows the processes.
-
     Raises:
         TypeError: If the trainer does not have exactly one loader for training, or its data set has no order.
         ValueError: If there are fewer images than processes, or several processes share a sampler of the user's own.
@@ -45,12 +42,7 @@ def bank_images(trainer: Trainer) -> list[int]:
 
 
 def shard_loader(trainer: Trainer, places: list[int]) -> DataLoader[Any]:
-    """A loader of this process's share of some images, in their order, each once over all processes.
-
-    Args:
-        trainer: Holds the training images' loader, and knows the processes.
-        places: Of the images in the data set, from :func:`bank_images`.
-    """
+    """A loader of this process's share of the images at some places, in their order, each once over all processes."""
     loader: Any = trainer.train_dataloader
     return DataLoader(
         Subset(loader.dataset, places[trainer.global_rank :: trainer.world_size]),

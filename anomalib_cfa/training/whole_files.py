@@ -33,12 +33,7 @@ class WholeFileIO(TorchCheckpointIO):
         path: str | Path,
         storage_options: Any | None = None,  # noqa: ANN401 - Lightning's signature
     ) -> None:
-        """Write a checkpoint.
-
-        Args:
-            checkpoint: What to write.
-            path: Where. An address with a protocol (``s3://``) is left to the inner plugin.
-            storage_options: Must be None, as with Lightning's own.
+        """Write a checkpoint; an address with a protocol (``s3://``) is left to the inner plugin.
 
         Raises:
             OSError: If it cannot be written; what lay there before is as it was.
@@ -74,11 +69,7 @@ class WholeFileIO(TorchCheckpointIO):
 
 
 def write_whole_files(strategy: Strategy) -> None:
-    """Let a strategy write whole files, unless a plugin of the user's own writes its checkpoints.
-
-    Args:
-        strategy: Of the trainer; changed in place.
-    """
+    """Let a strategy write whole files, unless a plugin of the user's own writes its checkpoints."""
     inner = strategy.checkpoint_io
     # By what they do and not by name: anomalib's plugin inherits Lightning's way of writing.
     if not isinstance(inner, WholeFileIO) and type(inner).save_checkpoint is TorchCheckpointIO.save_checkpoint:

@@ -44,12 +44,7 @@ def stand_out(scores: Tensor) -> Tensor:
 
 
 def log_worst(worst: WorstFitting, images: int) -> None:
-    """Name the images that fit worst, for a person to look at.
-
-    Args:
-        worst: Their paths and scores.
-        images: How many were looked at.
-    """
+    """Name the images that fit worst, of so many, for a person to look at."""
     if not worst:
         few = f"{images} training images are too few to tell which of them stand out"
         logger.info(few if images < _FEWEST_IMAGES else "No training image stands out from the others")
@@ -59,11 +54,7 @@ def log_worst(worst: WorstFitting, images: int) -> None:
 
 
 def saved_worst_fitting(saved: object) -> WorstFitting:
-    """What a checkpoint says of the images that fit worst; nothing where it says nothing, or is damaged there.
-
-    Args:
-        saved: The entry, None where there is none.
-    """
+    """What a checkpoint says of the images that fit worst; nothing where it says nothing, or is damaged there."""
     pairs = saved if isinstance(saved, list) else []
     pairs = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
     return [(path, score) for path, score in pairs if isinstance(path, str) and isinstance(score, float)]
