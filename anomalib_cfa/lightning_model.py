@@ -232,8 +232,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
         self._limit_val_batches = do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
-            seed, budget = self.hparams["seed"], self.hparams["feature_budget"]
-            self._features = TrainingFeatures(self, self.model, self.pre_processor, seed, budget)
+            self._features = TrainingFeatures(self)
             write_whole_files(self.trainer.strategy)
 
     def teardown(self, stage: str) -> None:

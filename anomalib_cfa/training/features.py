@@ -1,20 +1,16 @@
 """The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.checks import check_batch
 from anomalib_cfa.training.kept_features import FeatureStore, IndexedBatch
 from anomalib_cfa.training.loaders import (
@@ -27,74 +23,51 @@ from anomalib_cfa.training.loaders import (
 )
 from anomalib_cfa.training.shards import bank_images, shard_loader
 
-
-@dataclass
-class _Replaced:
-    """Stands in for a data module's ``train_dataloader`` during a fit.
-
-    Attributes:
-        own: The data module's own attribute of that name, or None if it has its class's method only.
-        call: What gives the loader meanwhile.
-    """
-
-    own: Callable[[], DataLoader[Any]] | None
-    call: Callable[[], DataLoader[Any]]
-
-    def __call__(self) -> DataLoader[Any]:
-        return self.call()
+if TYPE_CHECKING:
+    from anomalib_cfa.lightning_model import Cfa
 
 
 class TrainingFeatures:
     """Gives the pooled feature pyramids of training batches, for the length of one fit.
 
+    Until :meth:`detach`, it gives the data module's training loader in the data module's place.
+
     Args:
-        module: The module that is fitted; attached to its trainer.
-        model: Its network.
-        pre_processor: What the images pass through.
-        seed: Governs the order of images.
-        budget: GiB of memory in which features may be kept; 0 keeps none.
+        module: The model that is fitted; attached to its trainer.
     """
 
-    def __init__(
-        self, module: LightningModule, model: CfaModel, pre_processor: nn.Module | None, seed: int, budget: float
-    ) -> None:
+    def __init__(self, module: "Cfa") -> None:
         self.module = module
-        self.model = model
-        self.pre_processor = pre_processor
-        self.seed = seed
-        self.budget = budget
         self.store: FeatureStore | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
         self._bank_images: list[int] | None = None
         self._training = False
-        self.datamodule: Any = getattr(module.trainer, "datamodule", None)
-        if isinstance(self.datamodule, AnomalibDataModule):
-            # What an interrupted fit left is put back first.
-            TrainingFeatures.give_back(self.datamodule)
-            own = vars(self.datamodule).get("train_dataloader")
-            replaced = _Replaced(own, partial(self._training_loader, self.datamodule.train_dataloader))
-            vars(self.datamodule)["train_dataloader"] = replaced
+        self._attributes: dict[str, Any] = {}  # the data module's
+        self._own: Any = None  # the loader's among them, if it is not the class's method
+        datamodule = getattr(module.trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule):
+            self._attributes = vars(datamodule)
+            before = getattr(self._attributes.get("train_dataloader"), "__self__", None)
+            if isinstance(before, TrainingFeatures):  # left by a fit that was interrupted
+                before.detach()
+            self._own = self._attributes.get("train_dataloader")
+            self._original = datamodule.train_dataloader
+            self._attributes["train_dataloader"] = self._training_loader
 
     def detach(self) -> None:
         """Give the data module its own loader back."""
-        if self.datamodule is not None:
-            self.give_back(self.datamodule)
+        if self._attributes.get("train_dataloader") == self._training_loader:
+            del self._attributes["train_dataloader"]
+            if self._own is not None:
+                self._attributes["train_dataloader"] = self._own
 
-    @staticmethod
-    def give_back(datamodule: Any) -> None:  # noqa: ANN401 - anomalib's
-        """Undo what a fit did to a data module; nothing if none did."""
-        replaced = vars(datamodule).get("train_dataloader")
-        if isinstance(replaced, _Replaced):
-            del vars(datamodule)["train_dataloader"]
-            if replaced.own is not None:
-                vars(datamodule)["train_dataloader"] = replaced.own
-
-    def _training_loader(self, original: Callable[[], DataLoader[Any]]) -> DataLoader[Any]:
-        loader = original()
-        check_images(loader, self.pre_processor)
-        folder = Path(self.module.trainer.default_root_dir)
-        self.store = feature_store(loader, self.pre_processor, self.budget, folder, self.store)
-        loader = training_loader(loader, self.module.trainer, self.seed, self.store)
+    def _training_loader(self) -> DataLoader[Any]:
+        trainer, pre_processor, hparams = self.module.trainer, self.module.pre_processor, self.module.hparams
+        loader = self._original()
+        check_images(loader, pre_processor)
+        folder = Path(trainer.default_root_dir)
+        self.store = feature_store(loader, pre_processor, hparams["feature_budget"], folder, self.store)
+        loader = training_loader(loader, trainer, hparams["seed"], self.store)
         if self._training:  # reloaded for a later epoch
             self._begin(loader)
         return loader
@@ -118,7 +91,7 @@ class TrainingFeatures:
         """Notice if the images are no longer treated as when their features were kept."""
         if self.store is not None:
             loader: Any = self.module.trainer.train_dataloader
-            renew_if_treated_otherwise(self.store, loader, self.pre_processor)
+            renew_if_treated_otherwise(self.store, loader, self.module.pre_processor)
 
     def start_training(self) -> None:
         """Let the loader begin, in this epoch's order."""
@@ -148,11 +121,11 @@ class TrainingFeatures:
             self.model.check_image_size(height, width)
         if not isinstance(batch, IndexedBatch):
             images: Any = batch.image
-            return self.model.pyramid(images)
+            return self.module.model.pyramid(images)
         assert self.store is not None
         if batch.image is None:
             return self.store.get(batch.index, self.module.device)
-        return self.store.complete(batch, self.model.pyramid(batch.image))
+        return self.store.complete(batch, self.module.model.pyramid(batch.image))
 
     def __len__(self) -> int:
         """Batches of this process's share of the images."""
@@ -165,7 +138,7 @@ class TrainingFeatures:
         for batch in shard_loader(trainer, self._places()):
             check_batch(batch)
             batch = trainer.strategy.batch_to_device(batch)  # noqa: PLW2901
-            if isinstance(self.pre_processor, PreProcessor):
-                self.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)
+            if isinstance(self.module.pre_processor, PreProcessor):
+                self.module.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)
             with trainer.precision_plugin.forward_context():
                 yield self.pyramid(batch)

@@ -1,7 +1,7 @@
 """A checkpoint -> the model that was trained, whatever the new one was built with."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
 from anomalib_cfa.pre_processing import make_exportable
@@ -38,6 +37,7 @@ class CfaCheckpoints(AnomalibModule):
     they may change afterwards.
     """
 
+    _build: Callable[[], None]
     _given: dict[str, Any]
     loss: Any
     model: Any
@@ -92,8 +92,12 @@ class CfaCheckpoints(AnomalibModule):
             for component in (self.evaluator, self.visualizer):
                 # As callbacks they would take the state of the checkpoint's, which may have other metrics.
                 checkpoint.get("callbacks", {}).pop(getattr(component, "state_key", None), None)
-            _detach([before[name] for name in COMPONENTS if getattr(self, name) is None], trainer)
-            _renew_augmentations(trainer)
+            gone = [id(before[name]) for name in COMPONENTS if getattr(self, name) is None]
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = [callback for callback in callbacks if id(callback) not in gone]
+            # The data module resizes to the size of the model before the checkpoint was read.
+            if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
+                datamodule.setup(trainer.state.fn)
         kept = [name for name in _CHANGEABLE if name != "post_processor" or self.post_processor is None]
         _replace_state(checkpoint["state_dict"], self.state_dict(), tuple(f"{name}." for name in kept))
 
@@ -152,26 +156,9 @@ class CfaCheckpoints(AnomalibModule):
         # What else may change is read where it is needed; of these the parts have copies.
         self.loss.alpha, self.model.seed = arguments["alpha"], arguments["seed"]
 
-    def _build(self) -> None:
-        """Build the network and the loss from the hyper-parameters."""
-        raise NotImplementedError
-
 
 def _replace_state(state: dict[str, Any], own: Mapping[str, Any], prefixes: tuple[str, ...]) -> None:
     """Put the model's own tensors in the place of the checkpoint's where they need not agree."""
     for name in [name for name in state if name.startswith(prefixes)]:
         del state[name]
     state.update({name: value for name, value in own.items() if name.startswith(prefixes)})
-
-
-def _detach(components: list[nn.Module | Callback | None], trainer: Trainer) -> None:
-    """Take components out of the trainer's callbacks."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [callback for callback in callbacks if all(callback is not component for component in components)]
-
-
-def _renew_augmentations(trainer: Trainer) -> None:
-    """Let a data module resize to the restored size: it took that of the model before the checkpoint was read."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if isinstance(datamodule, AnomalibDataModule):
-        datamodule.setup(trainer.state.fn)
