@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from anomalib_cfa.training.whole_files import WholeFileIO
+from anomalib_cfa.training.whole_files import write_whole
 
 _CONFIG = "anomalib_post_processor_config"
 
@@ -38,7 +37,7 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
             config[name] = 1 - value
     checkpoint = checkpoint.resolve()  # a link stays one
     mode = checkpoint.stat().st_mode
-    WholeFileIO(TorchCheckpointIO()).save_checkpoint(content, checkpoint)
+    write_whole(content, checkpoint)
     checkpoint.chmod(mode)
 
 

@@ -132,7 +132,7 @@ def test_only_lightnings_own_way_of_writing_is_replaced_and_only_once():
     write_whole_files(strategy)
     write_whole_files(strategy)
     assert type(strategy.checkpoint_io) is WholeFileIO
-    assert type(strategy.checkpoint_io.inner) is TorchCheckpointIO
+    assert type(strategy.checkpoint_io.checkpoint_io) is TorchCheckpointIO
     own = _Strategy(AsyncCheckpointIO(TorchCheckpointIO()))
     write_whole_files(own)
     assert type(own.checkpoint_io) is AsyncCheckpointIO
