@@ -52,7 +52,8 @@ def _run(options: argparse.Namespace) -> None:
         checkpoint = train(category, datasets, output, weights, options.epochs, options.seed)
         metrics = read_metrics(category, output)
         summary.append(f"{category:12}" + "".join(f"{metrics[name]:15.3f}" for name in METRICS))
-        _look(category, export_openvino(category, checkpoint, output), output)
+        model = export_openvino(category, checkpoint, output)
+        draw_heat_maps(model, datasets / category, output / "heat_maps")
         page = output / f"inspection_{category}.html"
         pages.append(inspect_folder(checkpoint, datasets / category, page).page)
 
@@ -61,13 +62,6 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {relpath(output / 'heat_maps')}")
     print(f"To judge the models and set their thresholds, open {', '.join(map(relpath, pages))}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
-
-
-def _look(category: str, model: Path, output: Path) -> None:
-    for finding in draw_heat_maps(model, output / "datasets" / category, output / "heat_maps"):
-        verdict = "defective" if finding.score > 0.5 else "normal"  # the threshold of normalized scores
-        timing = f"{1000 * finding.seconds:6.0f} ms"
-        print(f"OpenVINO: {finding.kind:12} score {finding.score:.2f} {verdict:10}{timing}  {relpath(finding.picture)}")
 
 
 if __name__ == "__main__":

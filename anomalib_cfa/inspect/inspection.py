@@ -70,7 +70,7 @@ def inspect_samples(
     for sample in tqdm(samples, "Inspecting", unit="image"):
         start = time.perf_counter()
         try:
-            image = _read(sample.path)
+            image = pictures.read_rgb(sample.path)
             prediction = predictor.predict(image)
             seen = pictures.crop(image, predictor.view)
             mask = sample.read_mask(prediction.anomaly_map.shape, predictor.view)
@@ -105,11 +105,6 @@ def inspect_samples(
     result.images = len(records)
     result.writing += time.perf_counter() - start
     return result
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
 
 
 def _check_normalized(prediction: Prediction) -> None:
@@ -157,7 +152,7 @@ def _record(
 def _reason(reason: Reason, seen: Image.Image, predictor: Predictor) -> dict[str, Any] | None:
     """The two patches as pictures; None where the training image is no longer there."""
     try:
-        normal = pictures.crop(_read(reason.normal), predictor.view)
+        normal = pictures.crop(pictures.read_rgb(reason.normal), predictor.view)
     except OSError:
         return None
     return {

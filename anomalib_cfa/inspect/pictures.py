@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,14 @@ LEVELS = 255
 View = tuple[float, float, float, float]
 
 
+def read_rgb(path: Path) -> Image.Image:
+    """Read an image as RGB."""
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
 def crop(image: Image.Image, view: View) -> Image.Image:
-    """Cut out what the model sees: a box from left, top to right, bottom in parts of the image's width and height."""
+    """Cut out what the model sees: left, top, right and bottom, as parts of the image's width and height."""
     sides = (image.width, image.height) * 2
     left, top, right, bottom = (round(part * side) for part, side in zip(view, sides, strict=True))
     return image.crop((left, top, right, bottom))
