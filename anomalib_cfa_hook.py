@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
 from types import ModuleType
@@ -109,7 +110,7 @@ class StandInLoader:
         try:
             # Now and not at the first use, when it would be too late for anomalib's own model. Not in the finder
             # either: Python holds its global import lock while it asks finders, and two threads could block each other.
-            _import(f"{PACKAGE}.lightning_model")
+            import_module(f"{PACKAGE}.lightning_model")
         except Exception as error:  # noqa: BLE001 - whatever is wrong with this package, anomalib must go on
             if (finder := _installed()) is not None:
                 finder.step_aside(f"{PACKAGE} cannot be imported ({type(error).__name__}: {error})")
@@ -119,9 +120,9 @@ class StandInLoader:
     def _fill_package(module: ModuleType) -> None:
         def forward(name: str) -> object:
             if name == "Cfa":
-                return _import(f"{PACKAGE}.lightning_model").Cfa
+                return import_module(f"{PACKAGE}.lightning_model").Cfa
             if name in SUBMODULES:
-                return _import(f"{STAND_IN}.{name}")
+                return import_module(f"{STAND_IN}.{name}")
             raise _no_attribute(module, name)
 
         module.__doc__ = f"Stand-in for anomalib's package: forwards to ``{PACKAGE}``."
@@ -134,10 +135,10 @@ class StandInLoader:
         def forward(name: str) -> object:
             if name.startswith("__"):  # tools that walk `sys.modules` ask for names such as `__file__`
                 raise _no_attribute(module, name)
-            return getattr(_import(source), name)
+            return getattr(import_module(source), name)
 
         module.__doc__ = f"Stand-in for anomalib's module: forwards to ``{source}``."
-        vars(module).update(__getattr__=forward, __dir__=lambda: dir(_import(source)))
+        vars(module).update(__getattr__=forward, __dir__=lambda: dir(import_module(source)))
 
 
 def _installed() -> StandInFinder | None:
@@ -168,11 +169,6 @@ def _load_own_instead(stand_in: ModuleType) -> None:
         raise ImportError(msg)
     module = sys.modules[stand_in.__name__] = module_from_spec(own)
     own.loader.exec_module(module)
-
-
-def _import(name: str) -> ModuleType:
-    __import__(name)
-    return sys.modules[name]
 
 
 def _no_attribute(module: ModuleType, name: str) -> AttributeError:

@@ -9,7 +9,8 @@ from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from torch import nn
 
-from anomalib_cfa.bank import BANK_BUILDERS, SEARCH_KINDS
+from anomalib_cfa.bank.builders import BANK_BUILDERS
+from anomalib_cfa.bank.search import SEARCH_KINDS
 
 SCORES = ("local", "nearest", "softmin", "calibrated")
 DEFAULT_FALSE_ALARM_RATE = 0.01

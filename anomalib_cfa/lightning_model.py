@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from anomalib_cfa import pre_processing
-from anomalib_cfa.export import CfaExport
+from anomalib_cfa.export.mixin import CfaExport
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain_list

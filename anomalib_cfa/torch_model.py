@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from anomalib_cfa.anomaly_map import AnomalyMapGenerator, average_views, central_view, softmin_scores
-from anomalib_cfa.bank import BANK_BUILDERS, CenterCalibration, MemoryBank
+from anomalib_cfa.bank.builders import BANK_BUILDERS
+from anomalib_cfa.bank.calibration import CenterCalibration
+from anomalib_cfa.bank.memory_bank import MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.hyperparameters import check_neighbors, check_width
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.training.processes import ALONE, Processes
 from anomalib_cfa.whitening import PatchStatistics
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class CfaModel(nn.Module):
         self.radius = nn.Parameter(torch.tensor(self.initial_radius), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
-    def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+    def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes = ALONE) -> None:
         """Build the memory bank and calibrate the score, for use without training.
 
         Arguments and errors are those of :meth:`build`.
@@ -87,7 +89,7 @@ class CfaModel(nn.Module):
         self.calibrate_all(pyramids, processes)
 
     @torch.no_grad()
-    def build(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+    def build(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes = ALONE) -> None:
         """Start the descriptor and build the memory bank with it: all that precedes training.
 
         All processes end with the same, bit for bit.
@@ -101,18 +103,15 @@ class CfaModel(nn.Module):
             ValueError: If there is no image, the images differ in size, or the bank would have fewer than K + J
                 centres.
         """
-        processes = processes or Processes()
         if self.whitening is not None:
             statistics = PatchStatistics()
             for block in self._all_blocks(pyramids, processes, "Reading patch features"):
-                self._check_patches(block)
                 statistics.update(block)
             mean, covariance = map(processes.broadcast, statistics.moments(processes))
             self.descriptor.start_whitened(mean, covariance, self.seed, self.whitening)
 
         builder = BANK_BUILDERS[self.bank](self.gamma_c, self.seed, processes)
         for block in self._all_blocks(pyramids, processes, "Building the memory bank"):
-            self._check_patches(block)
             builder.update(self.describe(block))
         centers, sources = builder.centers()
         check_neighbors(len(centers), self.num_nearest_neighbors, self.num_hard_negative_features)
@@ -121,9 +120,8 @@ class CfaModel(nn.Module):
         logger.info("Built the memory bank: %d centres from %d images", len(centers), builder.count)
 
     @torch.no_grad()
-    def calibrate_all(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes | None = None) -> None:
+    def calibrate_all(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes = ALONE) -> None:
         """Calibrate the score with the descriptor as it is, which an epoch of training does on its way."""
-        processes = processes or Processes()
         self.calibration.restart()
         for block in self._all_blocks(pyramids, processes, "Calibrating the score"):
             squared, indices, _ = self.targets(block)
@@ -142,6 +140,7 @@ class CfaModel(nn.Module):
         self, pyramids: Iterable[Sequence[Tensor]], processes: Processes, task: str
     ) -> Iterator[list[Tensor]]:
         for pyramid in tqdm(pyramids, task, disable=processes.rank != 0, leave=False):
+            self._check_patches(pyramid)
             yield from self.blocks(pyramid)
 
     def calibrate(self, squared: Tensor, indices: Tensor) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 
 from anomalib_cfa import Cfa
-from anomalib_cfa.bank import MemoryBank
+from anomalib_cfa.bank.memory_bank import MemoryBank
 from anomalib_cfa.bank.search import SEARCH_KINDS
 from anomalib_cfa.inspect.predictors import load_predictor
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from anomalib_cfa.bank.k_means import k_means
 from anomalib_cfa.bank.sample import PatchSample
 from anomalib_cfa.bank.search import CenterIndex
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.training.processes import ALONE, Processes
 
 _CENTERS = 16384  # if gamma_c is not given
 _PATCHES_PER_CENTER = 8  # in the sample for K-means
@@ -24,10 +24,10 @@ class BankBuilder(ABC):
         processes: Those that share the images.
     """
 
-    def __init__(self, gamma_c: float | None, seed: int, processes: Processes | None = None) -> None:
+    def __init__(self, gamma_c: float | None, seed: int, processes: Processes = ALONE) -> None:
         self.gamma_c = gamma_c
         self.seed = seed
-        self.processes = processes or Processes()
+        self.processes = processes
         self.count = 0
         self.state: Tensor | None = None
         self._size: torch.Size | None = None
@@ -70,10 +70,8 @@ class KMeansBank(BankBuilder):
     centres are a random choice of them.
     """
 
-    def __init__(self, gamma_c: float | None, seed: int, processes: Processes | None = None) -> None:
-        super().__init__(gamma_c, seed, processes)
-        self._sample: PatchSample | None = None
-        self._patches = 0
+    _sample: PatchSample | None = None
+    _patches = 0  # of an image
 
     def _update(self, descriptors: Tensor) -> None:
         batch, height, width, _ = descriptors.shape

@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 def machine(accelerator: str) -> dict[str, str]:
     """Processor, memory and accelerator of this machine, without its name."""
     described = {
-        "processor": _processor(),
+        "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
@@ -39,14 +39,6 @@ def machine(accelerator: str) -> dict[str, str]:
     if accelerator == "cuda":
         described["accelerator"] = torch.cuda.get_device_name()
     return described
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def weights_of(model: AnomalibModule) -> str:
@@ -85,14 +77,16 @@ def peak_memory(accelerator: str, index: int = 0) -> Iterator[dict[str, int | No
     try:
         yield peak
     finally:
-        peak["host"] = _peak_resident()
+        if (resident := _field("/proc/self/status", "VmHWM")) is not None:  # "… kB"
+            peak["host"] = int(resident.split()[0]) * 2**10
         if accelerator == "cuda":
             peak["device"] = torch.cuda.max_memory_allocated(index)
 
 
-def _peak_resident() -> int | None:
+def _field(file: str, name: str) -> str | None:
+    """What a file of Linux's ``/proc`` says of a name."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 2**10
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from anomalib.data import DatasetItem, MVTecAD, MVTecADDataset
-from anomalib.data.utils import Split, ValSplitMode
+from anomalib.data.utils import Split
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -29,15 +29,11 @@ class RotatedMVTecAD(MVTecAD):
     Args:
         root: Folder of MVTec AD.
         category: Name of the category.
-        train_batch_size: Batch size of the training images.
-        eval_batch_size: Batch size of the validation and test images.
-        num_workers: Number of processes that read images.
         degrees: The largest angle, in either direction.
         image_size: Height and width to resize to before the turn, in pixels.
         crop_size: Height and width of the crop after it.
-        val_split_mode: Where validation images come from, as in ``MVTecAD``.
-        val_split_ratio: Their share, as in ``MVTecAD``.
         seed: Governs the draws of the test split and random splits.
+        **kwargs: Those of ``MVTecAD``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -54,27 +50,14 @@ class RotatedMVTecAD(MVTecAD):
         self,
         root: Path | str | None = "./datasets/MVTecAD",
         category: str = "bottle",
-        train_batch_size: int = 32,
-        eval_batch_size: int = 32,
-        num_workers: int = 8,
         degrees: float = 10.0,
         image_size: int = 256,
         crop_size: int = 224,
-        val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
-        val_split_ratio: float = 0.5,
         seed: int = 0,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(
-            root=root,
-            category=category,
-            train_batch_size=train_batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            augmentations=RandomPose(degrees, image_size, crop_size),
-            val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
-        )
+        pose = RandomPose(degrees, image_size, crop_size)
+        super().__init__(root, category, augmentations=pose, seed=seed, **kwargs)
 
     def _setup(self, _stage: str | None = None) -> None:
         super()._setup(_stage)

@@ -12,7 +12,7 @@ from anomalib.deploy import OpenVINOInferencer
 from anomalib.models.components import AnomalibModule
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from anomalib_cfa.inspect.pictures import View
@@ -66,12 +66,7 @@ class ModelPredictor:
         if not isinstance(self._model, Cfa):
             return _prediction(self._model(batch), None)
         described: list[Tensor] = []
-
-        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-            del module, inputs
-            described.append(output)
-
-        with self._model.model.descriptor.register_forward_hook(keep):
+        with self._model.model.descriptor.register_forward_hook(lambda *seen: described.append(seen[-1])):
             output = self._model(batch)
         # The whole image's; those of its centre crop may follow.
         return _prediction(output, find_reason(self._model, described[0][0]))

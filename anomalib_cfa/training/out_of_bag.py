@@ -85,9 +85,8 @@ class OutOfBagScores:
         for _, of_map, of_image in self._patch_scores():
             scored = of_map.flatten(1).isfinite().all(dim=1)
             if scored.any():
-                anomaly_map, *more = self._model.smooth((of_map[scored], of_image[scored]), self._image_size)
-                pred_score = [anomaly_map, *more][-1].amax(dim=(-2, -1))
-                yield InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+                maps = self._model.smooth((of_map[scored], of_image[scored]), self._image_size)
+                yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
     def _patch_scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Places of images, and the scores of their patches for the map and for the image."""

@@ -33,3 +33,6 @@ class Processes:
             sum=partial(strategy.reduce, reduce_op="sum"),
             broadcast=strategy.broadcast,
         )
+
+
+ALONE = Processes()

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank import EmaBank, KMeansBank, MeanBank, PatchSample
+from anomalib_cfa.bank.builders import EmaBank, KMeansBank, MeanBank
+from anomalib_cfa.bank.sample import PatchSample
 from anomalib_cfa.training.processes import Processes
 
 

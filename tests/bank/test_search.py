@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_cfa.bank import SEARCH_KINDS, MemoryBank
-from anomalib_cfa.bank.search import CenterIndex, _part
+from anomalib_cfa.bank.memory_bank import MemoryBank
+from anomalib_cfa.bank.search import SEARCH_KINDS, CenterIndex, _part
 
 
 def low_rank(count: int, width: int, rank: int, seed: int) -> torch.Tensor:
