@@ -1,7 +1,7 @@
 """Checks of the model's arguments, in one place, before any work starts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,29 @@ def _neighbors(least: int) -> Rule:
     return f"an integer from {least} to {most}", lambda value: _is_integer(value, least) and value <= most
 
 
+def _number(words: str, holds: Callable[[float], bool]) -> Rule:
+    return f"a number {words}", lambda value: _is_number(value) and holds(value)
+
+
 def _above_zero(most: int) -> Rule:
-    return f"a number above 0 and at most {most}", lambda value: _is_number(value) and 0 < value <= most
+    return _number(f"above 0 and at most {most}", lambda value: 0 < value <= most)
 
 
 def _from_zero(most: int) -> Rule:
-    return f"a number from 0 to {most}", lambda value: _is_number(value) and 0 <= value <= most
+    return _number(f"from 0 to {most}", lambda value: 0 <= value <= most)
 
 
-def _choice(values: Sequence[str]) -> Rule:
+def _choice(values: Collection[str]) -> Rule:
     return f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values
 
 
 def _component(name: str, kind: type) -> Rule:
     return f"True, False or {name}", lambda value: isinstance(value, bool | kind)
+
+
+def _or_none(rule: Rule) -> Rule:
+    words, holds = rule
+    return f"None or {words}", lambda value: value is None or holds(value)
 
 
 _FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
@@ -73,7 +82,7 @@ _SIZE: Rule = (
 
 RULES: dict[str, Rule] = {
     "backbone": ("the name of a timm model", _is_text),
-    "gamma_c": ("None or a number above 0", lambda value: value is None or (_is_number(value) and value > 0)),
+    "gamma_c": _or_none(_number("above 0", lambda value: value > 0)),
     "gamma_d": _integer(1),
     "num_nearest_neighbors": _neighbors(1),
     "num_hard_negative_features": _neighbors(0),
@@ -82,39 +91,24 @@ RULES: dict[str, Rule] = {
     "post_processor": _component("a torch module such as anomalib's PostProcessor", nn.Module),
     "evaluator": _component("anomalib's Evaluator", Evaluator),
     "visualizer": _component("anomalib's Visualizer", Visualizer),
-    "layers": (
-        "None or a list of different names of layers",
-        lambda value: value is None or _are_different_names(value),
-    ),
+    "layers": _or_none(("a list of different names of layers", _are_different_names)),
     "pre_trained": _FLAG,
-    "weights_path": (
-        "None or the path of a file",
-        lambda value: value is None or isinstance(value, Path) or _is_text(value),
-    ),
-    "bank": _choice(tuple(BANK_BUILDERS)),
-    "whitening": (
-        "None or a number from 0 to 1",
-        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
-    ),
+    "weights_path": _or_none(("the path of a file", lambda value: isinstance(value, Path) or _is_text(value))),
+    "bank": _choice(BANK_BUILDERS),
+    "whitening": _or_none(_from_zero(1)),
     "learn_radius": _FLAG,
     "alpha": _from_zero(10**6),
-    "search": _choice(tuple(SEARCH_KINDS)),
+    "search": _choice(SEARCH_KINDS),
     "lr": _above_zero(1000),
     "weight_decay": _from_zero(1000),
     "score": _choice(SCORES),
     "sigma": _above_zero(1000),
     "center_view": _FLAG,
-    "seed": (  # FAISS takes no larger one
-        "an integer of at least 0 and below 2^31",
-        lambda value: _is_integer(value, 0) and value < 2**31,
-    ),
+    "seed": ("an integer of at least 0 and below 2^31", lambda value: _is_integer(value, 0) and value < 2**31),
     "image_size": _SIZE,
     "center_crop_size": _SIZE,
-    "false_alarm_rate": (  # at the median a range would be empty
-        "a number above 0 and below 0.5",
-        lambda value: _is_number(value) and 0 < value < 0.5,
-    ),
-    "feature_budget": ("a number of GiB of at least 0", lambda value: _is_number(value) and value >= 0),
+    "false_alarm_rate": _number("above 0 and below 0.5", lambda value: 0 < value < 0.5),  # at 0.5 a range is empty
+    "feature_budget": _number("of GiB of at least 0", lambda value: value >= 0),
 }
 
 
@@ -144,13 +138,6 @@ def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
     rate = hyperparameters.get("false_alarm_rate", DEFAULT_FALSE_ALARM_RATE)
     if hyperparameters.get("post_processor", True) is not True and rate != DEFAULT_FALSE_ALARM_RATE:
         msg = f"false_alarm_rate must not be given beside a post_processor, which has its own rule, but is {rate!r}"
-        raise ValueError(msg)
-
-
-def check_width(channels: int, gamma_d: int) -> None:
-    """Raise a ValueError if a patch descriptor of channels / gamma_d channels would have none."""
-    if gamma_d > channels:
-        msg = f"gamma_d must be at most {channels}, the number of channels of the chosen layers, but is {gamma_d}"
         raise ValueError(msg)
 
 

@@ -14,7 +14,7 @@ from anomalib_cfa.bank.calibration import CenterCalibration
 from anomalib_cfa.bank.memory_bank import MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
-from anomalib_cfa.hyperparameters import check_neighbors, check_width
+from anomalib_cfa.hyperparameters import check_neighbors
 from anomalib_cfa.training.processes import ALONE, Processes
 from anomalib_cfa.whitening import PatchStatistics
 
@@ -72,7 +72,9 @@ class CfaModel(nn.Module):
 
         self.patch_features = patch_features
         channels = patch_features.width_multiplier * sum(patch_features.channels)
-        check_width(channels, gamma_d)
+        if gamma_d > channels:
+            msg = f"gamma_d must be at most {channels}, the number of channels of the chosen layers, but is {gamma_d}"
+            raise ValueError(msg)
         self.descriptor = PatchDescriptor(patch_features.channels, channels // gamma_d, seed)
         self.memory_bank = MemoryBank(search)
         self.calibration = CenterCalibration()
