@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUROC as ANOMALIBS_AUROC
 
-from anomalib_cfa.metrics import AUROC, _UnboundedAUROC
+from anomalib_cfa.metrics import AUROC
 
 
 def area(metric, *batches):
@@ -41,8 +43,17 @@ def test_the_area_does_not_change_under_a_monotone_map():
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"preds must have the shape of target, \(3,\), but has \(2,\)"):
-        _UnboundedAUROC().update(torch.rand(2), torch.ones(3))
+    batch = SimpleNamespace(pred_score=torch.rand(2), gt_label=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"same shape, but got .*2.* and .*3"):
+        AUROC(["pred_score", "gt_label"]).update(batch)
+
+
+def test_a_pixel_takes_no_more_memory_than_its_score_and_a_byte():
+    auroc = AUROC(["anomaly_map", "gt_mask"])
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    auroc.update(ImageBatch(image=torch.zeros(2, 3, 8, 8), anomaly_map=torch.full((2, 8, 8), 20.0), gt_mask=masks))
+    kept = [*auroc.preds, *auroc.target]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == (4 + 1) * masks.numel()
 
 
 def test_the_name_is_that_of_anomalibs():
