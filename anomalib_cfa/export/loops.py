@@ -5,13 +5,14 @@ up to a mebibyte for ever.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import openvino
+from openvino import opset13
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from anomalib_cfa.export.openvino import keep_float32, operations
+from anomalib_cfa.export.openvino import Node, keep_float32, operations
 from anomalib_cfa.resize import ExportableResize
 
 _STRIP = 64  # rows that are resized at a time; images are padded to multiples of it
@@ -33,14 +34,12 @@ def leading_resize(pre_processor: nn.Module | None) -> tuple[int, int] | None:
     return height, width
 
 
-def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
+def one_image_at_a_time(model: openvino.Model) -> openvino.Model:
     """Run a batch as a loop over its images, whose body becomes ``model``.
 
     Within the loop the number of images is known to be one, and with it every size behind a resize: memory is used
     again. The model has one input; its outputs all have the batch as their first dimension.
     """
-    from openvino import opset13  # noqa: PLC0415 - optional
-
     [inner] = model.get_parameters()
     images = opset13.parameter(inner.get_partial_shape(), inner.get_element_type(), name=inner.get_friendly_name())
     images.output(0).set_names(inner.output(0).get_names())
@@ -48,15 +47,12 @@ def one_image_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is option
     return _over_images(model, images, [(inner, images)])
 
 
-def one_image_of_any_size_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVINO is optional
+def one_image_of_any_size_at_a_time(model: openvino.Model) -> openvino.Model:
     """The same of a model that takes images (N, 3, h, w) of one known size, with a resize in front of it.
 
     The resize adds up strips of the image, padded with zeros, so that a product's shape depends on the image's width
     alone, and on that by steps.
     """
-    import openvino  # noqa: PLC0415 - optional
-    from openvino import opset13  # noqa: PLC0415 - optional
-
     [inner] = model.get_parameters()
     _reshape_to_one(model)
     _, channels, *new_size = inner.get_shape()
@@ -85,20 +81,15 @@ def one_image_of_any_size_at_a_time(model: Any) -> Any:  # noqa: ANN401 - OpenVI
     return _over_images(body, images, [(image, padded), (of_rows, rows), (of_columns, columns)])
 
 
-def _reshape_to_one(model: Any) -> None:  # noqa: ANN401
-    import openvino  # noqa: PLC0415 - optional
-
+def _reshape_to_one(model: openvino.Model) -> None:
     [inner] = model.get_parameters()
     shape = inner.get_partial_shape()
     shape[0] = openvino.Dimension(1)
     model.reshape(shape)
 
 
-def _over_images(body: Any, images: Any, inputs: Sequence[tuple[Any, Any]]) -> Any:  # noqa: ANN401
+def _over_images(body: openvino.Model, images: Node, inputs: Sequence[tuple[Node, Node]]) -> openvino.Model:
     """A loop over the first of the inputs, pairs of the body's parameter and what it reads; others stay the same."""
-    import openvino  # noqa: PLC0415 - optional
-    from openvino import opset13  # noqa: PLC0415 - optional
-
     names = [output.get_names() for output in body.outputs]
     loop = opset13.tensor_iterator()
     loop.set_body(body)
@@ -113,11 +104,8 @@ def _over_images(body: Any, images: Any, inputs: Sequence[tuple[Any, Any]]) -> A
     return openvino.Model([opset13.result(output) for output in outputs], [images])
 
 
-def _resize_in_strips(image: Any, rows: Any, columns: Any, shape: list[int]) -> Any:  # noqa: ANN401
+def _resize_in_strips(image: Node, rows: Node, columns: Node, shape: list[int]) -> Node:
     """Resize an image to a shape by the sum of its strips' products with their part of the weights."""
-    import openvino  # noqa: PLC0415 - optional
-    from openvino import opset13  # noqa: PLC0415 - optional
-
     _, channels, height, width = shape
     strip = opset13.parameter([1, channels, _STRIP, -1], np.float32)
     of_rows = opset13.parameter([1, 1, height, _STRIP], np.float32)
@@ -142,13 +130,11 @@ def _resize_in_strips(image: Any, rows: Any, columns: Any, shape: list[int]) -> 
     return loop.get_iter_value(added.output(0), -1)
 
 
-def _axis_weights(size: Any, padded: Any, new_size: int) -> Any:  # noqa: ANN401
+def _axis_weights(size: Node, padded: Node, new_size: int) -> Node:
     """The weights of :func:`anomalib_cfa.resize.resize_weights` as a part of a graph, zero for what pads the pixels.
 
     Of shape (1, 1, new_size, padded): factors of other ranks would cost a product its float32.
     """
-    from openvino import opset13  # noqa: PLC0415 - optional
-
     zero, one, two = map(np.int32, (0, 1, 2))
     pixel = opset13.add(opset13.multiply(opset13.range(zero, padded, one, "i32"), two), one)
     new_pixel = 2 * np.arange(new_size, dtype=np.int32)[None, None, :, None] + 1

@@ -15,15 +15,6 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
 
-from anomalib_cfa.export.loops import leading_resize, one_image_at_a_time, one_image_of_any_size_at_a_time
-from anomalib_cfa.export.openvino import (
-    keep_float32,
-    module_names,
-    operations,
-    outside_of,
-    use_single_output_max_pools,
-)
-from anomalib_cfa.export.quantization import check_compression, compress
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.resize import ExportableInterpolation
 from anomalib_cfa.training.checks import warn_without_threshold
@@ -132,29 +123,34 @@ class CfaExport(ExportMixin):
             RuntimeError: If the model is not fitted.
             ValueError: If the data module is missing, or ``max_drop`` is out of its range.
         """
-        import openvino  # noqa: PLC0415 - optional
+        import openvino  # noqa: PLC0415 - optional, as what these modules import
+
+        from anomalib_cfa.export import loops, quantization  # noqa: PLC0415
+        from anomalib_cfa.export import openvino as graph  # noqa: PLC0415
 
         compression_type = None if compression_type is None else CompressionType(compression_type)
-        check_compression(compression_type, datamodule, max_drop)
+        quantization.check_compression(compression_type, datamodule, max_drop)
         with self._ready(), _staged(export_root, ExportType.OPENVINO) as (staging, folder):
             # A model of any size is one of its own size, and a resize that OpenVINO does in memory that it uses again.
-            own_size = leading_resize(self.pre_processor) if input_size is None and not onnx_kwargs else None
+            own_size = loops.leading_resize(self.pre_processor) if input_size is None and not onnx_kwargs else None
             size = own_size or input_size
             onnx_path = self.to_onnx(staging / "onnx", model_file_name, size, **(onnx_kwargs or {}))
-            names = module_names(onnx_path)
+            names = graph.module_names(onnx_path)
             model = openvino.convert_model(onnx_path, **(ov_kwargs or {}))
-            use_single_output_max_pools(model)
-            kept = outside_of(_BACKBONE, model, names)
+            graph.use_single_output_max_pools(model)
+            kept = graph.outside_of(_BACKBONE, model, names)
             if compression_type is None:
-                kept = operations(model)
+                kept = graph.operations(model)
             elif compression_type != CompressionType.FP16:
                 seed = getattr(self, "hparams", {}).get("seed", 0)
-                model = compress(model, compression_type, kept, datamodule, self.pre_processor, metric, max_drop, seed)
-                kept = outside_of(_BACKBONE, model, names)
-            keep_float32(kept)
+                model = quantization.compress(
+                    model, compression_type, kept, datamodule, self.pre_processor, metric, max_drop, seed
+                )
+                kept = graph.outside_of(_BACKBONE, model, names)
+            graph.keep_float32(kept)
             marked = staging / f"{model_file_name}.xml"
             openvino.save_model(model, marked, compress_to_fp16=False)
-            in_a_loop = one_image_at_a_time if own_size is None else one_image_of_any_size_at_a_time
+            in_a_loop = loops.one_image_at_a_time if own_size is None else loops.one_image_of_any_size_at_a_time
             model = in_a_loop(openvino.Core().read_model(marked))
             path = staging / ExportType.OPENVINO.value / f"{model_file_name}.xml"
             path.parent.mkdir()

@@ -8,7 +8,13 @@ mark on each operation keeps it in float32, but for the backbone's where the exp
 import ast
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import onnx
+from openvino import Model, opset1
+
+Node: TypeAlias = Any
+"""An operation of an OpenVINO model; what kind of one is known when it runs only."""
 
 # The legacy key of ov::DisableFP16Compression, the only one that Python can set. It is saved, under its new name.
 _KEEP_FLOAT32 = "precise_0"
@@ -17,8 +23,6 @@ _NO_OPERATIONS = ("Parameter", "Result", "Constant")
 
 def module_names(onnx_path: Path) -> dict[str, str]:
     """The module (``model.descriptor``) that each node of an exported ONNX file comes from, where it is known."""
-    import onnx  # noqa: PLC0415 - optional
-
     names = {}
     for node in onnx.load(str(onnx_path), load_external_data=False).graph.node:
         metadata = {entry.key: entry.value for entry in node.metadata_props}
@@ -29,7 +33,7 @@ def module_names(onnx_path: Path) -> dict[str, str]:
     return names
 
 
-def outside_of(module: str, model: Any, names: Mapping[str, str]) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
+def outside_of(module: str, model: Model, names: Mapping[str, str]) -> list[Node]:
     """Operations of an OpenVINO model that do not come from a module, given by its dotted path.
 
     ``names`` are the :func:`module_names` of the ONNX file that it was converted from. An operation that OpenVINO or
@@ -51,15 +55,13 @@ def outside_of(module: str, model: Any, names: Mapping[str, str]) -> list[Any]: 
     return outside
 
 
-def operations(model: Any) -> list[Any]:  # noqa: ANN401 - OpenVINO is optional
+def operations(model: Model) -> list[Node]:
     """All operations of an OpenVINO model in the order in which they run, without inputs, outputs and constants."""
     return [node for node in model.get_ordered_ops() if node.get_type_name() not in _NO_OPERATIONS]
 
 
-def use_single_output_max_pools(model: Any) -> None:  # noqa: ANN401 - OpenVINO is optional
+def use_single_output_max_pools(model: Model) -> None:
     """Replace max pools that also tell where the maxima lie: OpenVINO would do so later, and lose their marks."""
-    from openvino import opset1  # noqa: PLC0415 - optional
-
     for pool in operations(model):
         if pool.get_type_name() != "MaxPool" or pool.get_output_size() == 1 or pool.output(1).get_target_inputs():
             continue
@@ -72,7 +74,7 @@ def use_single_output_max_pools(model: Any) -> None:  # noqa: ANN401 - OpenVINO 
             target.replace_source_output(plain.output(0))
 
 
-def keep_float32(marked: list[Any]) -> None:
+def keep_float32(marked: list[Node]) -> None:
     """Have operations computed in float32 whatever the precision, and the constants that they read saved so.
 
     It holds once the model is saved and read again, and for those operations only that OpenVINO does not replace by

@@ -118,7 +118,7 @@ def test_openvino_computes_nothing_but_ones_in_bfloat16(model, tmp_path, monkeyp
     """Of the loop's body, as what a loop holds cannot be looked into once it is compiled."""
     import openvino
 
-    monkeypatch.setattr("anomalib_cfa.export.mixin.one_image_of_any_size_at_a_time", lambda model: model)
+    monkeypatch.setattr("anomalib_cfa.export.loops.one_image_of_any_size_at_a_time", lambda model: model)
     path = model.to_openvino(tmp_path)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     low = []
