@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -25,6 +26,16 @@ _BLOCK_BYTES = 16 * 2**20
 _BLOCK_BYTES_ON_ACCELERATOR = 2**30
 _FEWEST_TARGETS = 6  # centres found for each patch, among which the calibration looks for one from another place
 _NEIGHBORS = 8  # centres, a centre itself among them, whose patches say what is usual around it
+
+
+class PatchScores(NamedTuple):
+    """Scores of patches for the anomaly map and for the image's score, both of shape (B, h, w).
+
+    They differ only where ``score`` is ``"local"``.
+    """
+
+    of_map: Tensor
+    of_image: Tensor
 
 
 class CfaModel(nn.Module):
@@ -239,39 +250,37 @@ class CfaModel(nn.Module):
         self.memory_bank.assign(centers.to(self.descriptor.weight), sources)
         self.calibration.reset(len(centers))
 
-    def patch_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Score each patch, for the anomaly map and for the image's score, both of shape (B, h, w).
-
-        The two differ only where ``score`` is ``"local"``.
+    def patch_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
+        """Score each patch.
 
         Raises:
             ValueError: If a distance is not finite.
         """
         if torch.compiler.is_exporting():
             return self._block_scores(pyramid)
-        of_map, of_image = map(torch.cat, zip(*map(self._block_scores, self.blocks(pyramid)), strict=True))
-        if not torch.isfinite(of_map).all():
+        scores = PatchScores(*map(torch.cat, zip(*map(self._block_scores, self.blocks(pyramid)), strict=True)))
+        if not torch.isfinite(scores.of_map).all():
             msg = "The images must hold finite values only, but lead to nan or infinite distances"
             raise ValueError(msg)
-        return of_map, of_image
+        return scores
 
     @property
     def scored_neighbors(self) -> int:
         """How many of a patch's nearest centres its score depends on."""
         return self.num_nearest_neighbors if self.score == "softmin" else 1
 
-    def _block_scores(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _block_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
         return self.score_distances(*self.memory_bank.nearest(self.describe(pyramid).detach(), self.scored_neighbors))
 
-    def score_distances(self, squared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def score_distances(self, squared: Tensor, indices: Tensor) -> PatchScores:
         """Score patches as :meth:`patch_scores` does, by what the bank finds for :attr:`scored_neighbors` centres."""
         distances = squared.sqrt()
         # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
         nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
         if self.score in {"softmin", "nearest"}:
-            return nearest, nearest
+            return PatchScores(nearest, nearest)
         calibrated: Tensor = self.calibration(nearest, indices[..., 0])
-        return (nearest if self.score == "local" else calibrated), calibrated
+        return PatchScores(nearest if self.score == "local" else calibrated, calibrated)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict.
@@ -299,7 +308,7 @@ class CfaModel(nn.Module):
     def _maps(self, images: Tensor) -> list[Tensor]:
         return self.smooth(self.patch_scores(self.pyramid(images)), images.shape[-2:])
 
-    def smooth(self, patch_scores: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
+    def smooth(self, patch_scores: PatchScores, image_size: Sequence[int]) -> list[Tensor]:
         """Make the anomaly map of shape (B, H, W) and, where the image's score has a map of its own, that one."""
         height, width = image_size
         chosen = patch_scores if self.score == "local" else patch_scores[:1]

@@ -35,7 +35,7 @@ def find_reason(model: Cfa, descriptors: Tensor) -> Reason | None:
     if not images or not len(sources):
         return None
     squared, indices = network.memory_bank.nearest(descriptors[None], network.scored_neighbors)
-    scores = network.score_distances(squared, indices)[1][0]
+    scores = network.score_distances(squared, indices).of_image[0]
     height, width = scores.shape
     row, column = divmod(int(scores.argmax()), width)
     image, normal_row, normal_column = sources[indices[0, row, column, 0]].tolist()

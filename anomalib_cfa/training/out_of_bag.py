@@ -7,7 +7,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor
 
 from anomalib_cfa.bank.distances import block_rows
-from anomalib_cfa.torch_model import CfaModel
+from anomalib_cfa.torch_model import CfaModel, PatchScores
 from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
 
@@ -85,7 +85,7 @@ class OutOfBagScores:
         for _, of_map, of_image in self._patch_scores():
             scored = of_map.flatten(1).isfinite().all(dim=1)
             if scored.any():
-                maps = self._model.smooth((of_map[scored], of_image[scored]), self._image_size)
+                maps = self._model.smooth(PatchScores(of_map[scored], of_image[scored]), self._image_size)
                 yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
     def _patch_scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
