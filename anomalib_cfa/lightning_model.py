@@ -339,11 +339,11 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def on_validation_start(self) -> None:
         """Score with the calibration that this epoch's training patches give."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._finish_calibration()
+            self._finish_epoch()
 
     def on_train_epoch_end(self) -> None:
         """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
-        self._finish_calibration()
+        self._finish_epoch()
         post_processor, out_of_bag = self.post_processor, self._out_of_bag
         if out_of_bag is None or any(self.trainer.num_val_batches):
             return
@@ -357,7 +357,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
                     "are probably too high. Hold normal images out for validation to have them from both views"
                 )
 
-    def _finish_calibration(self) -> None:
+    def _finish_epoch(self) -> None:
         processes = Processes.of(self.trainer.strategy)
         self.model.finish_calibration(processes)
         if self._out_of_bag is not None:

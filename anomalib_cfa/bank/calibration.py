@@ -19,6 +19,9 @@ class CenterCalibration(DynamicBufferMixin):
     the training patches that are nearest to the centre or to one of its neighbours. Where there are few of them, mean
     and deviation are drawn towards those of all.
 
+    Its life: :meth:`reset` with a new memory bank, :meth:`restart` as an epoch begins, :meth:`update` with each block
+    of images, :meth:`finish` before each validation and at the epoch's end. What that finds counts until the next.
+
     Example:
         >>> calibration = CenterCalibration()
         >>> calibration.reset(centers=1)

@@ -1,4 +1,18 @@
-"""The pooled features of a fit's training images: computed, kept, and walked over before training starts."""
+"""The pooled features of a fit's training images: computed, kept, and walked over before training starts.
+
+Lightning starts the training loader before a fit, and its workers would read the images that the memory bank is then
+made of. Therefore:
+
+1. The model's ``setup`` makes a :class:`TrainingFeatures`, which takes the place of the data module's
+   ``train_dataloader``.
+2. ``on_fit_start`` calls Lightning's ``setup_data``. It asks for the training loader, gets a :class:`TrainingLoader`,
+   and starts it: it gives nothing.
+3. The memory bank is built by walking over the :class:`TrainingFeatures`: a second loader gives each image once, and
+   the features are kept.
+4. ``on_train_start`` lets the training loader read, and starts it again, in the order of the epoch at hand. From then
+   on it gives images, or only their places where their features are kept.
+5. ``teardown`` gives the data module its own ``train_dataloader`` back.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +55,7 @@ class TrainingFeatures:
         self.store: FeatureStore | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
         self._bank_images: list[int] | None = None
-        self._training = False
+        self._has_begun = False
         self._attributes: dict[str, Any] = {}  # the data module's
         self._own: Any = None  # the loader's among them, if it is not the class's method
         datamodule = getattr(module.trainer, "datamodule", None)
@@ -68,8 +82,8 @@ class TrainingFeatures:
         folder = Path(trainer.default_root_dir)
         self.store = feature_store(loader, pre_processor, hparams["feature_budget"], folder, self.store)
         loader = training_loader(loader, trainer, hparams["seed"], self.store)
-        if self._training:  # reloaded for a later epoch
-            self._begin(loader)
+        if self._has_begun:  # reloaded for a later epoch
+            self._let_read(loader)
         return loader
 
     def paths(self) -> list[str]:
@@ -97,20 +111,20 @@ class TrainingFeatures:
         """Let the loader begin, in this epoch's order."""
         trainer = self.module.trainer
         loader: Any = trainer.train_dataloader
-        self._training = True
-        if self._begin(loader):
+        self._has_begun = True
+        if self._let_read(loader):
             if isinstance(loader.sampler, DistributedSampler):
                 loader.sampler.set_epoch(trainer.current_epoch)
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001 - what Lightning does itself
 
-    def _begin(self, loader: Any) -> bool:  # noqa: ANN401
-        """Let a loader give batches, without workers if no image is left to be read; whether it had to wait."""
+    def _let_read(self, loader: Any) -> bool:  # noqa: ANN401
+        """Let a loader give batches, without workers if no image is left to be read; whether it gave none so far."""
         if not isinstance(loader, TrainingLoader):
             return False
         if self.store is not None and self.store.is_complete:
             loader.num_workers = 0
             loader.timeout = 0  # torch has one for workers only
-        loader.waits = False
+        loader.starts_empty = False
         return True
 
     def pyramid(self, batch: ImageBatch | IndexedBatch) -> list[Tensor]:

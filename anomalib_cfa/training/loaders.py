@@ -40,16 +40,15 @@ _KEPT = (
 
 
 class TrainingLoader(DataLoader[Any]):
-    """A loader that gives nothing while it waits.
+    """A loader that gives nothing until training starts, see :mod:`anomalib_cfa.training.features`.
 
-    Lightning starts a loader's workers before a fit: they would read images that the memory bank is then made of, in
-    the first epoch's order even where a fit goes on.
+    Lightning would start it in the first epoch's order even where a fit goes on.
     """
 
-    waits = True
+    starts_empty = True
 
     def __iter__(self) -> Any:  # noqa: ANN401 - torch's, or an empty one
-        return iter(()) if self.waits else super().__iter__()
+        return iter(()) if self.starts_empty else super().__iter__()
 
 
 def training_loader(
@@ -61,7 +60,7 @@ def training_loader(
     batches, and a resumed run the order that it would have seen.
 
     Returns:
-        A loader of the same images, which waits; the same one where it does not shuffle and nothing is kept.
+        A :class:`TrainingLoader` of the same images; the same one where it does not shuffle and nothing is kept.
     """
     overfits: float = getattr(trainer, "overfit_batches", 0)  # Lightning then wants its own order
     shuffles = shuffles_all(loader.sampler) and not overfits

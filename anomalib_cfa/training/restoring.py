@@ -25,7 +25,8 @@ from anomalib_cfa.training.worst_fitting import WorstFitting, saved_worst_fittin
 
 logger = logging.getLogger(__name__)
 
-_CHANGEABLE = ("evaluator", "visualizer", "post_processor")  # what holds nothing learned, or may be switched off
+# They hold nothing learned, or may be switched off.
+_REPLACEABLE_COMPONENTS = ("evaluator", "visualizer", "post_processor")
 _TRAINING_IMAGES = "anomalib_cfa_training_images"
 _WORST_FITTING = "anomalib_cfa_worst_fitting"
 
@@ -98,7 +99,7 @@ class CfaCheckpoints(AnomalibModule):
             # The data module resizes to the size of the model before the checkpoint was read.
             if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
                 datamodule.setup(trainer.state.fn)
-        kept = [name for name in _CHANGEABLE if name != "post_processor" or self.post_processor is None]
+        kept = [name for name in _REPLACEABLE_COMPONENTS if name != "post_processor" or self.post_processor is None]
         _replace_state(checkpoint["state_dict"], self.state_dict(), tuple(f"{name}." for name in kept))
 
     @classmethod

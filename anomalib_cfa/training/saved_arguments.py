@@ -1,4 +1,14 @@
-"""What a checkpoint says about the model's arguments, against those that a new model was given."""
+"""What a checkpoint says about the model's arguments, against those that a new model was given.
+
+============= ====================================================================================================
+saved         the checkpoint's, but for the components
+given         the user's: of the constructor's those that differ from the defaults, of ``load_from_checkpoint`` all
+changeable    what a fitted model does not depend on; while a fit goes on, its optimizer's are not among them
+checked later what the network and the pre-processor tell, as it can be given in other words
+============= ====================================================================================================
+
+The model has what is saved, but what is given and changeable. All else that is given must be as it is saved.
+"""
 
 import json
 import shlex
