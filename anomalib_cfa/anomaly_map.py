@@ -74,10 +74,8 @@ def _smoothing(size: int, new_size: int, sigma: float) -> Tensor:
 def smoothed_resize_weights(size: int, new_size: int, kernel: Tensor) -> Tensor:
     """Weights (size, new_size) that resize one axis bilinearly, and smooth it with a kernel.
 
-    Args:
-        size: Patches along the axis; may be symbolic, as ``new_size``.
-        new_size: Pixels wanted, more than half of the kernel.
-        kernel: A symmetric kernel of an odd number of taps.
+    The kernel is symmetric, of an odd number of taps. The sizes, of which the new one is more than half of the
+    kernel's, may be symbolic.
     """
     radius = len(kernel) // 2
     decay = F.pad(kernel[radius:], (0, 1))[:, None]

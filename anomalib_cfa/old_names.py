@@ -14,13 +14,8 @@ def from_old_names(
 ) -> dict[str, Any]:
     """Bring arguments of 0.1.0 to today's names, with a warning for each that is given.
 
-    Args:
-        descriptor_start: ``"whitened"`` or ``"random"``; now part of ``whitening``.
-        nu: Now a constant, that of the authors' code.
-        beta: Now always 1 / i, for which an EMA weighs all images alike.
-
     Raises:
-        ValueError: If ``descriptor_start`` is neither.
+        ValueError: If ``descriptor_start`` is neither ``"whitened"`` nor ``"random"``.
     """
     if descriptor_start is not None:
         _warn(

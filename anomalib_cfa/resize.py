@@ -47,11 +47,8 @@ _CACHED = 16  # matrices; an image and its central view need four to eight
 def cache_by_size(weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Cache what a function of sizes gives for those it saw last: it costs more than the product that it is for.
 
-    Args:
-        weights: Gives a matrix on the CPU, in float32, for hashable arguments.
-
-    Returns:
-        The same function with one more argument, ``like``: a tensor with the data type and device to give it in.
+    The function gives a matrix on the CPU, in float32. Cached, it takes one more argument, ``like``: a tensor with the
+    data type and device to give the matrix in.
     """
 
     @lru_cache(maxsize=_CACHED)

@@ -13,17 +13,10 @@ _BLOCK_BYTES_ON_ACCELERATOR = 256 * 2**20  # where each call has a fixed cost
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # FAISS takes addresses, which no compiler follows
 def squared_distances(queries: Tensor, vectors: Tensor, indices: Tensor) -> Tensor:
-    """Squared Euclidean distances of each query to the vectors chosen for it.
+    """Squared Euclidean distances of queries, of shape (Q, D), to the vectors chosen for each.
 
-    Differentiable in the queries. Neither pass stores more than the result and one block of differences.
-
-    Args:
-        queries: Of shape (Q, D).
-        vectors: Of shape (N, D).
-        indices: For each query the vectors to measure, of shape (Q, K).
-
-    Returns:
-        Squared distances in float32, of shape (Q, K).
+    The indices, of shape (Q, K), choose among the vectors, of shape (N, D). The distances are of shape (Q, K), in
+    float32 and differentiable in the queries. Neither pass stores more than them and one block of differences.
     """
     return _SquaredDistances.apply(queries.float(), vectors.float(), indices)  # type: ignore[no-any-return]
 

@@ -14,16 +14,11 @@ _ITERATIONS_IN_PART = 3  # a fourth gains less than half a percent of inertia
 
 
 def k_means(points: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Cluster points.
+    """Cluster points of shape (P, D) into so many clusters, at most P.
 
     On a CPU many centres are found in two levels: the points are parted into clusters of a few thousand, and each of
     these is clustered by itself, into a share of the centres in proportion to its points. That compares a point with
     some hundred centres instead of with all. An accelerator compares it with all.
-
-    Args:
-        points: Points of shape (P, D).
-        clusters: How many centres, at most P.
-        seed: Chooses the initial centres.
 
     Returns:
         Centres of shape (clusters, D), on the points' device, and for each the index of a point that is nearest to it,

@@ -9,15 +9,10 @@ _MOST_BYTES = 512 * 2**20
 
 
 class PatchSample:
-    """Holds patch descriptors of all images alike, and where each came from.
+    """Holds at most ``capacity`` patch descriptors, of all images alike, and where each came from.
 
     Whenever the sample is full, a random half of it is dropped, and half as many patches of each further image are
-    taken in, so that all images count alike. It takes at most 512 MiB over all processes.
-
-    Args:
-        capacity: At most so many patches are held over all processes.
-        seed: Governs the sample.
-        processes: Those that share the images.
+    taken in, so that all images count alike. Capacity and memory, at most 512 MiB, are those of all processes together.
     """
 
     def __init__(self, capacity: int, seed: int, processes: Processes) -> None:

@@ -80,13 +80,7 @@ class Result(Outcome):
 
 @dataclass(frozen=True)
 class Failure(Outcome):
-    """Why a job failed.
-
-    Attributes:
-        title: The job in a few words.
-        reason: The error in one line.
-        traceback: Its traceback.
-    """
+    """Why a job failed: its title in a few words, the error in one line, and the error's traceback."""
 
     title: str
     reason: str
@@ -96,8 +90,7 @@ class Failure(Outcome):
 class RunFolder:
     """Folder of a run: ``results/``, ``failures/`` and ``cases/`` by job, the run's config, and its report.
 
-    Args:
-        root: The folder; created when something is written.
+    It is created when something is written.
     """
 
     def __init__(self, root: Path | str) -> None:

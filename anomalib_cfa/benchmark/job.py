@@ -77,14 +77,8 @@ def build_datamodule(spec: JobSpec) -> AnomalibDataModule:
 class Job(BenchmarkJob):
     """Anomalib's benchmark job, which builds its model and data only when it runs, so that their errors are its own.
 
-    It holds plain values only and can be sent to another process.
-
-    Args:
-        spec: What to do.
-        folder: Where the result goes.
-        title: The job in a few words.
-        number: Its place among the jobs to run, from 1.
-        total: The number of jobs to run.
+    It holds plain values only and can be sent to another process. ``title`` is the job in a few words, ``number`` its
+    place, from 1, among the ``total`` jobs to run.
     """
 
     def __init__(self, spec: JobSpec, folder: RunFolder, title: str, number: int = 1, total: int = 1) -> None:
@@ -99,16 +93,10 @@ class Job(BenchmarkJob):
         self.total = total
 
     def run(self, task_id: int | None = None) -> dict[str, Any]:
-        """Train, test, and save the result or the failure.
+        """Train, test, and save the result or the failure, of which the error is raised again.
 
-        Args:
-            task_id: Index of the GPU, where there are several.
-
-        Returns:
-            The result in one flat dictionary, as from anomalib's job.
-
-        Raises:
-            Exception: Whatever went wrong; the runner continues with the next job.
+        ``task_id`` is the index of the GPU, where there are several. Returns the result in one flat dictionary, as
+        anomalib's job does.
         """
         device = "" if task_id is None else f" on device {task_id}"
         left = self.total - self.number

@@ -26,15 +26,7 @@ from anomalib_cfa.benchmark.tables import label_settings
 
 
 class JobGenerator(BenchmarkJobGenerator):
-    """Anomalib's generator of benchmark jobs, without those that are already settled in the run's folder.
-
-    Args:
-        accelerator: ``"cpu"`` or ``"cuda"``.
-        folder: The run's folder.
-
-    Attributes:
-        generated: The jobs generated so far.
-    """
+    """Anomalib's generator of benchmark jobs, without those that are already settled in the run's folder."""
 
     def __init__(self, accelerator: str, folder: RunFolder) -> None:
         super().__init__(accelerator)
@@ -49,12 +41,7 @@ class JobGenerator(BenchmarkJobGenerator):
     def generate_jobs(
         self, args: dict[str, Any] | None = None, prev_stage_result: object = None
     ) -> Generator[Job, None, None]:
-        """Generate the jobs, which cost nothing until they run.
-
-        Args:
-            args: The ``benchmark`` section of the file.
-            prev_stage_result: Not used.
-        """
+        """Generate the jobs of a file's ``benchmark`` section, which cost nothing until they run."""
         del prev_stage_result
         specs = list(expand(self.accelerator, args or {}))
         labels = label_settings(specs)
@@ -68,23 +55,15 @@ class JobGenerator(BenchmarkJobGenerator):
 class ParallelRunner(AnomalibParallelRunner):
     """Anomalib's parallel runner, which sleeps while it waits, and goes on when a process is killed.
 
-    A process that dies, perhaps out of memory, breaks the whole pool without saying which job killed it. So each
-    job that was under way is run once more alone, which settles it, and the others go on in a new pool.
-
-    Args:
-        generator: Generates the jobs that are not settled.
-        n_jobs: Number of processes, one for each GPU.
+    There are ``n_jobs`` processes, one for each GPU. One that dies, perhaps out of memory, breaks the pool without
+    saying which job killed it. So each job that was under way is run once more alone, which settles it, and the others
+    go on in a new pool.
     """
 
     generator: JobGenerator
 
     def run(self, args: dict[str, Any], prev_stage_results: object = None) -> None:
-        """Run the jobs until each is settled, that is, its result or its failure is saved.
-
-        Args:
-            args: The ``benchmark`` section of the file.
-            prev_stage_results: Not used.
-        """
+        """Run the jobs until each is settled, that is, its result or its failure is saved."""
         while True:
             with suppress(BrokenProcessPool, ParallelExecutionError):
                 super().run(args, prev_stage_results)
@@ -147,8 +126,7 @@ class Benchmark(AnomalibBenchmark):
     def run(self, args: Namespace | None = None) -> None:
         """Run all jobs that have no result yet, and list at the end those that failed.
 
-        Args:
-            args: ``config``, the file, and ``output``, the run's folder or None; from the command line by default.
+        ``args`` are ``config``, the file, and ``output``, the run's folder or None; from the command line by default.
 
         Raises:
             ValueError: If the file lacks a section, or names an accelerator that this machine does not have.

@@ -57,11 +57,7 @@ def weights_of(model: AnomalibModule) -> str:
 
 @contextmanager
 def peak_memory(accelerator: str, index: int = 0) -> Iterator[dict[str, int | None]]:
-    """Measure the peak memory within a ``with`` block.
-
-    Args:
-        accelerator: ``"cpu"`` or ``"cuda"``.
-        index: Of the GPU.
+    """Measure the peak memory within a ``with`` block, on a GPU too where the accelerator is ``"cuda"``.
 
     Yields:
         A dictionary that is filled when the block ends. ``host``: bytes resident in this process, without data loaders'

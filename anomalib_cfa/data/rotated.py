@@ -67,15 +67,8 @@ class RotatedMVTecAD(MVTecAD):
 class RandomPose(v2.Transform):  # type: ignore[misc]
     """Resize, then turn by a random angle, then crop at a random place: all its inputs alike, masks without blending.
 
-    Not a plain ``Compose``, in which anomalib would take the resize for a mistaken duplicate of the model's.
-
-    Args:
-        degrees: The largest angle, in either direction.
-        image_size: Height and width to resize to before the turn, in pixels.
-        crop_size: Height and width of the crop after it.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    Not a plain ``Compose``, in which anomalib would take the resize for a mistaken duplicate of the model's. Arguments
+    and errors are those of :class:`RotatedMVTecAD`.
     """
 
     def __init__(self, degrees: float = 10.0, image_size: int = 256, crop_size: int = 224) -> None:
@@ -95,11 +88,7 @@ class RandomPose(v2.Transform):  # type: ignore[misc]
         )
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Give an image, or an image and its mask, the same new pose.
-
-        Args:
-            *inputs: Tensors of shape (..., H, W); a mask is a ``torchvision.tv_tensors.Mask``.
-        """
+        """Give an image (..., H, W), or an image and its mask, a ``torchvision.tv_tensors.Mask``, the same new pose."""
         posed: Tensor | tuple[Tensor, ...] = self.steps(*inputs)
         return posed
 

@@ -61,21 +61,11 @@ def compress(
     max_drop: float = 0.01,
     seed: int = 0,
 ) -> Model:
-    """Compress an OpenVINO model to INT8.
+    """Compress an OpenVINO model to INT8, but for the operations that are ``kept`` in floating point.
 
-    Args:
-        model: The OpenVINO model.
-        compression_type: ``INT8`` (weights alone), ``INT8_PTQ`` or ``INT8_ACQ``.
-        kept: Operations of the model that stay in floating point.
-        datamodule: Gives the training images for calibration, and others of them, half with synthetic defects, for
-            ``INT8_ACQ`` to judge by. Its test images are not looked at.
-        pre_processor: The model's, which brings masks to the map's size.
-        metric: What ``INT8_ACQ`` must keep; higher is better. Default: the mean of image and pixel AUROC.
-        max_drop: How much of the metric ``INT8_ACQ`` may lose.
-        seed: Governs the synthetic defects.
-
-    Returns:
-        The compressed model.
+    The data module gives the training images to calibrate on, and others of them, half with synthetic defects by the
+    seed, for ``INT8_ACQ`` to judge by; its test images are not looked at. The pre-processor, the model's, brings masks
+    to the map's size. Other arguments are those of :meth:`~anomalib_cfa.export.mixin.CfaExport.to_openvino`.
     """
     import nncf  # noqa: PLC0415 - optional
 

@@ -54,14 +54,11 @@ def build_network(
 
 
 def default_layers(strides: Sequence[int]) -> list[int]:
-    """Indices of the layers that correspond to a ResNet's ``layer2`` and ``layer3``.
+    """Of layers with these strides, in the order of their depth, the indices of those to take features from.
 
-    The deepest layer of each stride from 8 to 16; of a plain transformer, whose strides are all one, those at a
-    quarter, half and three quarters of its depth. So the most specialised features, the deepest, are left out, and the
-    finest, which make four times the patches.
-
-    Args:
-        strides: The layers' strides, in pixels, in the order of their depth.
+    They correspond to a ResNet's ``layer2`` and ``layer3``: the deepest layer of each stride from 8 to 16; of a plain
+    transformer, whose strides are all one, those at a quarter, half and three quarters of its depth. So the most
+    specialised features, the deepest, are left out, and the finest, which make four times the patches.
     """
     if len(set(strides)) == 1:
         return sorted({math.ceil(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3)})

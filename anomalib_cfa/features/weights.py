@@ -44,13 +44,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def hub_options(name: str) -> dict[str, object]:
-    """Options with which ``timm.create_model`` builds a model with its pre-trained weights.
+    """Options with which ``timm.create_model`` builds a model, by its name and tag, with its pre-trained weights.
 
     A file in the hub's cache is used as it is, so that a machine that is cut off need not wait for the hub. Without
     one, a single short request tells whether the hub can be reached at all, which timm finds out in most of a minute.
-
-    Args:
-        name: timm's name, with the tag of its weights.
 
     Raises:
         ConnectionError: If the weights are not in the cache and the hub does not answer.

@@ -86,13 +86,9 @@ def _view(model: AnomalibModule) -> View:
 
 
 class OpenVINOPredictor:
-    """An exported model, by anomalib's inferencer.
+    """An exported model (``.xml`` or ``.onnx``), by anomalib's inferencer, on a device of OpenVINO's name.
 
     It does not tell what it sees of an image: where it crops, the heat map is stretched over the whole of it.
-
-    Args:
-        path: The ``.xml`` or ``.onnx`` file.
-        device: OpenVINO's name of the device.
     """
 
     view = _WHOLE

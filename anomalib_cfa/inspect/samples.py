@@ -34,14 +34,9 @@ class Sample:
     mask: Path | None = None
 
     def read_mask(self, size: tuple[int, int], view: View) -> NDArray[np.bool_] | None:
-        """Read the true mask.
+        """Read the true mask of the part of the image that a view shows, in a size (height, width).
 
-        Args:
-            size: Height and width to bring it to.
-            view: The part of the image for which to read the mask.
-
-        Returns:
-            The mask of shape ``size``, nowhere true for a normal image; None if it is not known.
+        It is nowhere true for a normal image, and None if it is not known.
         """
         if self.mask is not None:
             with Image.open(self.mask) as mask:

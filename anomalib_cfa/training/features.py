@@ -42,12 +42,9 @@ if TYPE_CHECKING:
 
 
 class TrainingFeatures:
-    """Gives the pooled feature pyramids of training batches, for the length of one fit.
+    """Gives the pooled feature pyramids of training batches, for the length of one fit of ``module``.
 
     Until :meth:`detach`, it gives the data module's training loader in the data module's place.
-
-    Args:
-        module: The model that is fitted; attached to its trainer.
     """
 
     def __init__(self, module: "Cfa") -> None:

@@ -14,16 +14,9 @@ def sum_over_blocks(
 ) -> Tensor:
     """Sum a differentiable function over blocks, and never hold more than one block's graph.
 
-    Each block's gradient is taken as soon as its value is there. Backward only scales what was summed up, so the result
-    can be used as if the blocks had been computed at once, once.
-
-    Args:
-        compute: Gives a block's value, a scalar that depends on the parameters.
-        blocks: What to compute it of.
-        parameters: Leaves of the graph to which gradients flow; to others none does.
-
-    Returns:
-        The sum, a scalar.
+    Each block's gradient is taken as soon as its value, a scalar, is there; it flows to the parameters, leaves of the
+    graph, alone. Backward only scales what was summed up, so the result can be used as if the blocks had been computed
+    at once, once.
 
     Example:
         >>> weight = torch.tensor(2.0, requires_grad=True)

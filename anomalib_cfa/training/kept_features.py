@@ -138,12 +138,7 @@ class FeatureStore:
 
 
 class IndexedDataset(Dataset[Any]):
-    """An anomalib data set that reads an image only where its features are not kept.
-
-    Args:
-        dataset: The images.
-        signatures: The store's signatures, see :class:`FeatureStore`.
-    """
+    """An anomalib data set that reads an image only where its features are not kept, as a store's signatures tell."""
 
     def __init__(self, dataset: AnomalibDataset, signatures: Tensor) -> None:
         self.dataset = dataset

@@ -44,7 +44,12 @@ def stand_out(scores: Tensor) -> Tensor:
 
 
 def log_worst(worst: WorstFitting, images: int) -> None:
-    """Name the images that fit worst, of so many, for a person to look at."""
+    """Name the images that fit worst, for a person to look at.
+
+    Args:
+        worst: Their paths and scores.
+        images: How many were looked at.
+    """
     if not worst:
         few = f"{images} training images are too few to tell which of them stand out"
         logger.info(few if images < _FEWEST_IMAGES else "No training image stands out from the others")
