@@ -144,12 +144,13 @@ def _predict_in_pytorch(model: Any) -> Predict:  # noqa: ANN401
 
 def _backbone(model: Any, task: Task, path: Path | None, noise: Any) -> Callable[[], object]:  # noqa: ANN401
     """The frozen network alone, in the same runtime, in float32."""
-    network, image = model.model.patch_features.network, torch.from_numpy(noise)
+    patch_features, image = model.model.patch_features, torch.from_numpy(noise)
     if path is None:
-        last = image.to(memory_format=torch.channels_last)
-        return torch.inference_mode()(lambda: network(last))
+        return torch.inference_mode()(lambda: patch_features(image))
     file = Path(task["work"], "backbone.onnx")
-    torch.onnx.export(network, (image,), file, dynamo=True, opset_version=18, external_data=False, verbose=False)
+    torch.onnx.export(
+        patch_features.network, (image,), file, dynamo=True, opset_version=18, external_data=False, verbose=False
+    )
     if path.suffix == ".xml":
         import openvino  # noqa: PLC0415 - optional
 

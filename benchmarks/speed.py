@@ -135,8 +135,7 @@ def image(task: Task) -> Result:
         images = _noise(task, count)
         if not network.memory_bank.is_built:
             network.assign_bank(_random_bank(network, network.pyramid(images), task["bank"]))
-        last = images.to(memory_format=torch.channels_last)
-        calls = [lambda images=images: network(images), lambda last=last: network.patch_features.network(last)]
+        calls = [lambda images=images: network(images), lambda images=images: network.patch_features(images)]
         found[f"{name}_s"], found[f"{name}_backbone_s"] = alternate(calls, repeats=30 if count == 1 else 3)
     return found
 

@@ -129,7 +129,7 @@ class TrainingFeatures:
         if isinstance(batch.image, Tensor):
             height, width = batch.image.shape[-2:]
             self.image_size = height, width
-            self.model.check_image_size(height, width)
+            self.module.model.check_image_size(height, width)
         if not isinstance(batch, IndexedBatch):
             images: Any = batch.image
             return self.module.model.pyramid(images)
