@@ -27,7 +27,8 @@ class PatchFeatures(nn.Module):
     """Images -> feature pyramid of a frozen backbone, average-pooled (paper, section III-A).
 
     Each level collects the chosen layers of one stride, and is pooled over 3 x 3 patches with stride 1 and padding 1.
-    The backbone's weights never change, and it is in evaluation mode always.
+    The backbone's weights never change, and it is in evaluation mode always. Where no compiler follows, what runs is a
+    copy of ``network`` without batch norms (:mod:`anomalib_cfa.features.folding`), so that hooks on it are not called.
 
     The constructor needs neither a file nor the network: :meth:`load_weights` gets the pre-trained weights. They are
     part of the state dict, so a module that is restored from one does not need them again.
