@@ -49,6 +49,7 @@ class CfaExport(ExportMixin):
             RuntimeError: If the model is not fitted.
         """
         with self._ready(), _staged(export_root, ExportType.TORCH) as (staging, folder):
+            self._warn_without_threshold()
             return folder / super().to_torch(staging, model_file_name).name
 
     def to_onnx(
@@ -80,6 +81,7 @@ class CfaExport(ExportMixin):
             _quiet_exporter(),
         ):
             assert isinstance(self, nn.Module)
+            self._warn_without_threshold()
             size = sum(tensor.nbytes for tensor in self.state_dict().values())
             options = {"opset_version": _ONNX_OPSET, "external_data": size > _SINGLE_FILE_BYTES, "verbose": False}
             return folder / super().to_onnx(staging, model_file_name, input_size, **(options | kwargs)).name
@@ -157,6 +159,9 @@ class CfaExport(ExportMixin):
             openvino.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)
             return folder / path.name
 
+    def _warn_without_threshold(self) -> None:  # once: OpenVINO's export goes through ONNX
+        warn_without_threshold(getattr(self, "post_processor", None))
+
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Check that the model can be exported, and bring it into a state for that, and back."""
@@ -165,7 +170,6 @@ class CfaExport(ExportMixin):
             msg = "The model must be fitted before it is exported, but has no memory bank: fit it, or load a checkpoint"
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
-        warn_without_threshold(getattr(self, "post_processor", None))
         assert model.memory_bank.index  # built now: a graph cannot build it
         assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}

@@ -356,3 +356,10 @@ def test_accuracy_control_needs_an_image_to_judge_by(model, rendered_mvtec, tmp_
     datamodule.train_data = datamodule.train_data.subsample([0])
     with pytest.raises(ValueError, match=r"^datamodule must hold at least 2 training images .*, but holds 1"):
         model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=datamodule)
+
+
+def test_a_model_without_a_threshold_is_warned_of(model, tmp_path, caplog, monkeypatch):
+    for name in ("_image_threshold", "_pixel_threshold"):
+        monkeypatch.setattr(model.post_processor, name, torch.tensor(torch.nan))
+    model.to_torch(tmp_path)
+    assert caplog.text.count("The model has no threshold") == 1
