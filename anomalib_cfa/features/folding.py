@@ -1,17 +1,21 @@
 """Batch norms of a frozen network, folded into the convolutions before them."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d
-from torch import fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anomalib_cfa.features.same_padding import ExportableConv2dSame
 
 _CONVOLUTIONS = (nn.Conv2d, ExportableConv2dSame)  # these alone: subclasses may change their weights as they run
 _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+_SIDE = 256  # pixels of an image that shows which module reads which
 
 
 @torch.inference_mode(mode=False)
@@ -26,8 +30,8 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         network: In evaluation mode. It stays as it is.
 
     Returns:
-        A copy whose convolutions have taken over each batch norm that reads nothing but their output, where nothing
-        else reads it; the network itself if there is none, or if it cannot be traced.
+        A copy whose convolutions have taken over each batch norm that alone reads their output; the network itself if
+        there is none, or if that cannot be found out.
     """
     pairs = _pairs(network)
     if not pairs:
@@ -43,25 +47,43 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     return folded
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _CONVOLUTIONS + _BATCH_NORMS) or super().is_leaf_module(m, module_qualified_name)
+class _Uses(TorchDispatchMode):
+    """Counts the operations that read each tensor. Unlike torch.fx's tracing it touches no other thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[int] = Counter()
+        self._seen: list[Any] = []  # kept, so that no other tensor has the number of one of them
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.count.update(tensors.keys())
+        self._seen += tensors.values()
+        return func(*args, **(kwargs or {}))
 
 
 def _pairs(network: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions, and of the batch norms that alone read them."""
-    modules = dict(network.named_modules())
-    if not any(type(module) in _BATCH_NORMS for module in modules.values()):
-        return []
+    """Names of convolutions, and of the batch norms that alone read them, found by a run without data."""
+    network = copy.deepcopy(network).to("meta")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if type(module) in _CONVOLUTIONS + _BATCH_NORMS:
+            names.setdefault(module, []).append(name)
+    runs: list[tuple[nn.Module, Tensor, Tensor]] = []  # which module, and what it reads and writes
+    for module in names:
+        module.register_forward_hook(lambda module, inputs, output: runs.append((module, inputs[0], output)))
     try:
-        nodes = list(_Tracer().trace(network).nodes)
-    except Exception:  # noqa: BLE001 - whatever a network does that tracing does not follow; it runs as it is then
+        with _Uses() as uses:
+            maps = network(torch.empty(1, 3, _SIDE, _SIDE, device="meta"))
+    except (RuntimeError, AssertionError):  # it takes images of one size, or reads values as it runs
         return []
-    pairs = []
-    for node in nodes:
-        if node.op != "call_module" or type(modules[str(node.target)]) not in _BATCH_NORMS:
-            continue
-        source = node.args[0]
-        if source.op == "call_module" and type(modules[source.target]) in _CONVOLUTIONS and len(source.users) == 1:
-            pairs.append((source.target, str(node.target)))
-    return pairs
+    times = Counter(module for module, _, _ in runs)
+    once = {module for module in names if times[module] == len(names[module]) == 1}
+    kept = set(map(id, maps))
+    writers = {id(output): module for module, _, output in runs if type(module) in _CONVOLUTIONS and module in once}
+    return [
+        (names[writers[id(read)]][0], names[module][0])
+        for module, read, _ in runs
+        if type(module) in _BATCH_NORMS and module in once and id(read) in writers
+        if uses.count[id(read)] == 1 and id(read) not in kept
+    ]

@@ -632,6 +632,27 @@ class TestFolding:
             for found, expected in zip(fold_batch_norms(network)(images), network(images), strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
+    def test_what_is_used_twice_is_not_changed(self) -> None:
+        class Sharing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.once, self.twice, self.added, self.last = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+                self.norm, self.shared, self.other, self.of_last = (nn.BatchNorm2d(3) for _ in range(4))
+                self.alias = self.of_last
+
+            def forward(self, images: Tensor) -> list[Tensor]:
+                first = self.shared(self.twice(self.shared(self.once(images))))
+                second = self.norm(self.twice(images))
+                added = self.added(first + second)
+                return [self.other(added) + added, self.alias(self.last(first))]
+
+        network = randomized(Sharing())
+        images = torch.rand(1, 3, 32, 32)
+        folded = fold_batch_norms(network)
+        with torch.no_grad():
+            for found, expected in zip(folded(images), network(images), strict=True):
+                torch.testing.assert_close(found, expected)
+
     def test_new_weights_count_at_once(self) -> None:
         features, other = (PatchFeatures(TINY, pre_trained=False) for _ in range(2))
         randomized(other.network, seed=1)
