@@ -29,7 +29,13 @@ from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
 from anomalib_cfa.post_processing import OneClassPostProcessor, forget_thresholds
 from anomalib_cfa.torch_model import CfaModel
-from anomalib_cfa.training.checks import check_trainer, do_without_validation, warn_without_threshold
+from anomalib_cfa.training.checks import (
+    check_epochs_left,
+    check_trainer,
+    do_without_validation,
+    warn_of_other_images,
+    warn_without_threshold,
+)
 from anomalib_cfa.training.features import TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
@@ -248,33 +254,16 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         self.model.calibration.restart()  # a fit that goes on within an epoch does not start one
         self.trainer.fit_loop.setup_data()
-        is_over = self.trainer.fit_loop.skip
         if self.model.memory_bank.is_built:
             logger.info("Training continues with the model's memory bank; clear_memory_bank() discards it")
-            self._warn_of_other_images()
-        elif is_over and self.trainer.current_epoch > 0:
-            msg = (
-                f"The trainer has run its {self.trainer.current_epoch} epochs with another model, and would not train "
-                "this one: take a new Engine for each fit"
-            )
-            raise RuntimeError(msg)
+            warn_of_other_images(self._features.paths(), self.training_images)
         else:
+            check_epochs_left(self.trainer)
             self.training_images = self._features.paths()
             self.model.patch_features.load_weights()
             # An epoch calibrates the score as it trains.
-            start = self.model.fit if is_over else self.model.build
+            start = self.model.fit if self.trainer.fit_loop.skip else self.model.build
             start(self._features, Processes.of(self.trainer.strategy))
-
-    def _warn_of_other_images(self) -> None:
-        assert self._features is not None
-        images = self._features.paths()
-        if images and self.training_images and not set(images) & set(self.training_images):
-            logger.warning(
-                "None of the training images is one of those that the memory bank was made of, such as %s: what is "
-                "normal is still what those show. For a model of the new images, fit a new one, or call "
-                "clear_memory_bank() first",
-                self.training_images[0],
-            )
 
     def clear_memory_bank(self) -> None:
         """Forget all that was learned from images, thresholds too, so that the next fit is as a new model's."""

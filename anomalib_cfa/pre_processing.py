@@ -18,7 +18,16 @@ from anomalib_cfa.resize import ExportableResize
 
 logger = logging.getLogger(__name__)
 
-_KEEP_SHAPE = (v2.ConvertImageDtype, v2.Grayscale, v2.Identity, v2.Normalize, v2.RGB, v2.ToDtype, v2.ToImage)
+_KEEP_SHAPE = (
+    v2.ConvertImageDtype,
+    v2.Grayscale,
+    v2.Identity,
+    v2.Normalize,
+    v2.RGB,
+    v2.ToDtype,
+    v2.ToImage,
+    v2.ToPureTensor,
+)
 _SAME = 2e-3  # statistics are published with three digits
 
 
@@ -119,18 +128,15 @@ def warn_of_late_resize(pre_processor: nn.Module | None) -> None:
     Args:
         pre_processor: The user's own.
     """
-    before: list[str] = []
-    for part in _parts(getattr(pre_processor, "transform", None)):
-        if isinstance(part, v2.Resize) and before:
-            logger.warning(
-                "The pre_processor should begin with its Resize, but has %s before it: anomalib's data modules resize "
-                "images first, so that training and test would see other pixels than prediction and exports",
-                ", ".join(before),
-            )
-        if isinstance(part, v2.Resize):
-            return
-        if not isinstance(part, _KEEP_SHAPE):
-            before.append(type(part).__name__)
+    parts = list(_parts(getattr(pre_processor, "transform", None)))
+    resizes = [place for place, part in enumerate(parts) if isinstance(part, v2.Resize)]
+    before = [part for part in parts[: min(resizes, default=0)] if not isinstance(part, _KEEP_SHAPE)]
+    if before:
+        logger.warning(
+            "The pre_processor should begin with its Resize, but has %s before it: anomalib's data modules resize "
+            "images first, so that training and test would see other pixels than prediction and exports",
+            ", ".join(type(part).__name__ for part in before),
+        )
 
 
 def _parts(transform: v2.Transform | None) -> Iterator[v2.Transform]:

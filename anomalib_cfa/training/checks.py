@@ -1,6 +1,7 @@
 """Checks of the trainer, the batches and the model, before any long work starts."""
 
 import logging
+from collections.abc import Sequence
 
 from anomalib.data import AnomalibDataModule
 from anomalib.post_processing import PostProcessor
@@ -80,6 +81,26 @@ def do_without_validation(trainer: Trainer) -> int | float:
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
         trainer.limit_val_batches = 0
     return limit
+
+
+def check_epochs_left(trainer: Trainer) -> None:
+    """Raise a RuntimeError if a trainer would not train a new model, since it has run all its epochs with another."""
+    if trainer.fit_loop.skip and trainer.current_epoch > 0:
+        msg = (
+            f"The trainer has run its {trainer.current_epoch} epochs with another model, and would not train this one: "
+            "take a new Engine for each fit"
+        )
+        raise RuntimeError(msg)
+
+
+def warn_of_other_images(images: Sequence[str], of_bank: Sequence[str]) -> None:
+    """Warn if a fit goes on with other images than those of the memory bank, by their paths where these are known."""
+    if images and of_bank and not set(images) & set(of_bank):
+        logger.warning(
+            "None of the training images is one of those that the memory bank was made of, such as %s: what is normal "
+            "is still what those show. For a model of the new images, fit a new one, or call clear_memory_bank() first",
+            of_bank[0],
+        )
 
 
 def warn_without_threshold(post_processor: nn.Module | None) -> None:
