@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anomalib.metrics import Evaluator
 from anomalib.visualization import Visualizer
 from torch import nn
@@ -152,6 +153,9 @@ def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_
         raise ValueError(msg)
 
 
-def plain_list(values: Any) -> Any:  # noqa: ANN401
-    """A plain list of what may be a tuple or OmegaConf's list, which no checkpoint may hold; all else as it is."""
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else values
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """A Python number, string or list of what may be NumPy's or OmegaConf's, which no checkpoint may hold."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return [plain(part) for part in value] if is_list else value

@@ -3,6 +3,7 @@
 import logging
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from anomalib_cfa import pre_processing
 from anomalib_cfa.export.mixin import CfaExport
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.features.backbones import find_backbone
-from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain_list
+from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain
 from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
@@ -142,15 +143,15 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     ) -> None:
         whitening = from_old_names(**old_names).get("whitening", whitening)
         search = current_search(search)
-        # Lightning saves these locals as hyper-parameters, and a checkpoint may hold plain data only.
-        old_names.clear()
-        layers, image_size, center_crop_size = map(plain_list, (layers, image_size, center_crop_size))
-        check_hyperparameters(**{name: value for name, value in locals().items() if name in RULES})
-        weights_path = None if weights_path is None else str(weights_path)
+        old_names.clear()  # Lightning saves these locals as hyper-parameters
+        weights_path = str(weights_path) if isinstance(weights_path, Path) else weights_path
+        hyperparameters = {name: plain(value) for name, value in locals().items() if name in RULES}
+        check_hyperparameters(**hyperparameters)
         given_pre_processor = pre_processor
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size, center_crop_size, backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.hparams.update({name: value for name, value in hyperparameters.items() if name in self.hparams})
         pre_processing.make_exportable(self.pre_processor)
         self._given = given_arguments({**self.hparams, "pre_processor": given_pre_processor}, Cfa)
         if given_pre_processor is not True:

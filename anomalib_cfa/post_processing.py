@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MaxMetric, Metric
 
-from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperparameters
+from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperparameters, plain
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class OneClassPostProcessor(PostProcessor):
 
     def __init__(self, false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
-        check_hyperparameters(false_alarm_rate=false_alarm_rate)
-        self.false_alarm_rate = false_alarm_rate
+        self.false_alarm_rate = plain(false_alarm_rate)
+        check_hyperparameters(false_alarm_rate=self.false_alarm_rate)
         self._image_scores, self._pixel_scores = CatMetric(), CatMetric()
         self._defects = MaxMetric()
 
@@ -64,6 +64,8 @@ class OneClassPostProcessor(PostProcessor):
             return
         self._set_threshold_and_range("pixel", self._pixel_scores)
         count = self._set_threshold_and_range("image", self._image_scores)
+        if count == 0:
+            return
         logger.info(
             "The thresholds come from %d %s, for false alarms at %g %% of normal images and of their pixels",
             count,
@@ -82,8 +84,10 @@ class OneClassPostProcessor(PostProcessor):
 
     def _set_threshold_and_range(self, name: str, metric: CatMetric) -> int:
         """The same for images or pixels alone; how many scores there were."""
-        scores = metric.compute().flatten()
+        scores = torch.as_tensor(metric.compute()).flatten()
         metric.reset()
+        if not len(scores):
+            return 0
         threshold = threshold_at_rate(scores, self.false_alarm_rate)
         half_range = _RANGE * (threshold - scores.median())
         if half_range <= 0:  # of one image, or of equal ones: no spread tells how far is far
@@ -110,8 +114,8 @@ class OneClassPostProcessor(PostProcessor):
             normal = ~outputs.gt_label.bool()
             scores: Any = outputs.pred_score
             maps: Any = outputs.anomaly_map
-            if normal.any():
-                self.update(InferenceBatch(pred_score=scores[normal], anomaly_map=maps[normal]))
+            # Also where there is none: all processes gather their scores, or they would wait for each other.
+            self.update(InferenceBatch(pred_score=scores[normal], anomaly_map=maps[normal]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and range: anomalib's if there was a defect."""
@@ -120,8 +124,8 @@ class OneClassPostProcessor(PostProcessor):
         else:
             masked = self._pixel_threshold_metric.update_called or not self.enable_thresholding
             super().on_validation_epoch_end(trainer, pl_module)
-            if not masked and self._pixel_scores.update_called:
-                self._set_threshold_and_range("pixel", self._pixel_scores)
+            from_normal = not masked and self._pixel_scores.update_called
+            if from_normal and self._set_threshold_and_range("pixel", self._pixel_scores):
                 logger.info("No mask says where the defects are: the pixel threshold comes from normal images")
         for child in self.children():
             if isinstance(child, Metric):

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from anomalib_cfa.features.backbones import Backbone, find_backbone
-from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
+from anomalib_cfa.hyperparameters import check_hyperparameters, plain
 from anomalib_cfa.resize import ExportableResize
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def configure_pre_processor(
         ValueError: If a size is not one or two positive integers, the crop is larger than the image, or there is no
             such backbone.
     """
-    image_size, center_crop_size = map(plain_list, (image_size, center_crop_size))
+    image_size, center_crop_size = map(plain, (image_size, center_crop_size))
     check_hyperparameters(image_size=image_size, center_crop_size=center_crop_size)
     height, width = _pair(256 if image_size is None else image_size)
     transforms: list[v2.Transform] = [v2.Resize((height, width), antialias=True)]

@@ -1,8 +1,10 @@
 import inspect
+import io
 import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -127,3 +129,23 @@ def test_a_descriptor_without_channels_is_refused():
 def test_sizes_beside_a_pre_processor_are_refused(name):
     with pytest.raises(ValueError, match=f"must not be given beside a pre_processor.*{name} is 64"):
         check_hyperparameters(pre_processor=False, **{name: 64})
+
+
+def test_what_comes_from_numpy_is_saved_as_plain_values():
+    """A checkpoint loads only what is plain, and a sweep's values are often NumPy's."""
+    model = Cfa(
+        np.str_("test_resnet.r160_in1k"),
+        pre_trained=False,
+        layers=np.array(["layer2"]),
+        num_nearest_neighbors=np.int64(2),
+        lr=np.float64(1e-3),
+        whitening=np.float32(0.25),
+        center_view=np.bool_(True),
+        image_size=np.array([64, 96]),
+    )
+    file = io.BytesIO()
+    torch.save(dict(model.hparams), file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert (saved["layers"], saved["image_size"], saved["center_view"]) == (["layer2"], [64, 96], True)
+    assert (saved["num_nearest_neighbors"], saved["lr"], saved["whitening"]) == (2, 1e-3, 0.25)
+    assert model.model.center_view is True

@@ -83,6 +83,29 @@ def test_without_masks_the_pixel_threshold_comes_from_the_normal_images():
     assert maps.pred_mask.flatten().tolist() == [False, True]
 
 
+def test_a_process_that_saw_defective_images_only_takes_part_in_the_gathering():
+    """Each process gathers what it has of all; one that skipped that would leave the others waiting."""
+    processor = OneClassPostProcessor(0.1)
+    defective = batch([500.0], [True])
+    defective.gt_mask = None
+    processor.on_validation_batch_end(None, None, defective, None, 0)
+    gathered = []
+    compute = processor._pixel_scores.compute
+    processor._pixel_scores.compute = lambda: gathered.append(compute()) or torch.arange(99.0)  # the other's
+    processor.on_validation_epoch_end(None, None)
+    assert len(gathered) == 1
+    assert processor.pixel_threshold == 89
+
+
+def test_defective_images_without_masks_alone_leave_the_pixel_threshold_to_anomalib():
+    processor = OneClassPostProcessor(0.1)
+    defective = batch([500.0, 600.0], [True, True])
+    defective.gt_mask = None
+    processor.on_validation_batch_end(None, None, defective, None, 0)
+    processor.on_validation_epoch_end(None, None)
+    assert processor.pixel_threshold == processor.image_threshold == 500
+
+
 def test_a_validation_forgets_the_one_before():
     processor = validated(OneClassPostProcessor(0.1), [50.0] * 20, [False] * 20)
     validated(processor, [1.0, 9.0], [False, True])

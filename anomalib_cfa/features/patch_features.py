@@ -15,7 +15,7 @@ from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.features.folding import fold_batch_norms
 from anomalib_cfa.features.network import build_network, map_shapes
 from anomalib_cfa.features.weights import assign_weights, hub_options, read_weights, unreachable
-from anomalib_cfa.hyperparameters import check_hyperparameters, plain_list
+from anomalib_cfa.hyperparameters import check_hyperparameters, plain
 
 if TYPE_CHECKING:
     from timm.models import FeatureInfo
@@ -80,7 +80,7 @@ class PatchFeatures(nn.Module):
         if pre_trained and weights_path is None and not found.has_weights:
             msg = f"backbone {backbone!r} has no pre-trained weights: give weights_path, or set pre_trained to False"
             raise ValueError(msg)
-        check_hyperparameters(layers=plain_list(layers))
+        check_hyperparameters(layers=plain(layers))
 
         self.weights_tag = found.name
         self.width_multiplier = found.width_multiplier

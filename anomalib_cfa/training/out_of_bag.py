@@ -80,13 +80,12 @@ class OutOfBagScores:
     def predictions(self) -> Iterator[InferenceBatch]:
         """Scores (B,) and maps (B, H, W) of the epoch's images by the model as it is now.
 
-        An image that all centres came from has none.
+        An image that all centres came from has none, so that a batch may be empty.
         """
         for _, of_map, of_image in self._patch_scores():
             scored = of_map.flatten(1).isfinite().all(dim=1)
-            if scored.any():
-                maps = self._model.smooth(PatchScores(of_map[scored], of_image[scored]), self._image_size)
-                yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
+            maps = self._model.smooth(PatchScores(of_map[scored], of_image[scored]), self._image_size)
+            yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
 
     def _patch_scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Places of images, and the scores of their patches for the map and for the image."""

@@ -10,7 +10,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain_list
+from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.training.checkpoints import check_checkpoint
 from anomalib_cfa.training.saved_arguments import (
@@ -128,7 +128,7 @@ class CfaCheckpoints(AnomalibModule):
         Raises:
             ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
         """
-        given = {name: plain_list(value) for name, value in current_arguments(kwargs).items()}
+        given = {name: plain(value) for name, value in current_arguments(kwargs).items()}
         check_hyperparameters(**{name: value for name, value in given.items() if name in RULES})
         components = {name: value for name, value in given.items() if name in COMPONENTS or name not in RULES}
         if components.get("pre_processor", True) is not True:
