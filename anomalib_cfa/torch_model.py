@@ -275,7 +275,7 @@ class CfaModel(nn.Module):
     def score_distances(self, squared: Tensor, indices: Tensor) -> PatchScores:
         """Score patches as :meth:`patch_scores` does, by what the bank finds for :attr:`scored_neighbors` centres."""
         distances = squared.sqrt()
-        # Flattened, not indexed: in OpenVINO what takes out a dimension of size one is computed in bfloat16.
+        # Flattened, not indexed: see anomalib_cfa.export.openvino.
         nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
         if self.score in {"softmin", "nearest"}:
             return PatchScores(nearest, nearest)

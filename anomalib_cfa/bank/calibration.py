@@ -90,7 +90,7 @@ class CenterCalibration(DynamicBufferMixin):
 
     def forward(self, distances: Tensor, indices: Tensor) -> Tensor:
         """Score patches, given as for :meth:`update`, in deviations above what is usual around their centre."""
-        # As a product and a sum of looked-up values, flattened and not indexed, it stays in float32 in OpenVINO.
+        # A product and a sum of looked-up values, flattened and not indexed: see anomalib_cfa.export.openvino.
         scale = 1 / self.deviation[:, None]
         shift = -self.mean[:, None] * scale
         of_scale, of_shift = (F.embedding(indices, table).flatten(-2) for table in (scale, shift))

@@ -107,8 +107,8 @@ class CenterIndex(nn.Module):
 
     def _candidates(self, queries: Tensor, k: int) -> Tensor:
         """Centres that may be the nearest ones, of shape (B, h, w, candidates)."""
-        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1). Written as a sum,
-        # the difference stays in float32 in OpenVINO.
+        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1). Differences are
+        # sums here and below: see anomalib_cfa.export.openvino.
         projected = (queries + self.minus_origin) @ self.minus_directions
         projected = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
@@ -134,7 +134,6 @@ class CenterIndex(nn.Module):
         return whole[:, :height, :width]
 
     def _measure_in_graph(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        # As sums with a negated table the differences stay in float32 in OpenVINO, too.
         negated = -self.centers
         distances = [
             (queries + F.embedding(candidate, negated)).square().sum(dim=-1, keepdim=True)

@@ -3,6 +3,20 @@
 Where the CPU can, OpenVINO computes in bfloat16 unless its caller objects, and a file cannot object for a whole model.
 Measured on the magnetic tiles, that flips the label of one image in a hundred, even if the backbone alone does it; so a
 mark on each operation keeps it in float32, but for the backbone's where the export was asked for less.
+
+OpenVINO replaces some operations by others once a file is read, and those have no mark. So what is around the backbone
+is written in forms that it keeps; nothing else asks for these forms:
+
+=================================== ==================================================================
+replaced                            written as
+=================================== ==================================================================
+``a - b``                           ``a + minus_b``, of a table that is stored negated
+``x[..., 0]``, ``x.squeeze()``      ``x.flatten()``, or a sum with ``keepdim``
+``table[indices]``                  ``F.embedding(indices, table)``
+``x.expand()``, ``x.unsqueeze()``   a product with ones; dimensions of size one are there from the start
+``a / b``                           exponential of a logarithm, and a step of Newton's
+weights worked out in the graph     worked out before the export (``PatchDescriptor.exportable``)
+=================================== ==================================================================
 """
 
 import ast
