@@ -21,40 +21,49 @@ def k_means(points: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     some hundred centres instead of with all. An accelerator compares it with all.
 
     Returns:
-        Centres of shape (clusters, D), on the points' device, and for each the index of a point that is nearest to it,
-        of shape (clusters,).
+        Centres of shape (clusters, D), on the points' device, and for each the index of that of its points which is
+        nearest to it, of shape (clusters,).
     """
     points = points.detach().float()
     parts = len(points) // _POINTS_IN_PART
     if points.device.type == "cpu" and clusters >= _FEWEST_FOR_TWO_LEVELS and parts >= 2:
         return _cluster_in_parts(points, clusters, parts, seed)
-    centers = _centers(points, clusters, seed, _ITERATIONS)
-    return centers, _nearest(centers, points)
+    return _lloyd(points, clusters, seed, _ITERATIONS)
 
 
 def _cluster_in_parts(points: Tensor, clusters: int, parts: int, seed: int) -> tuple[Tensor, Tensor]:
     sample = points[_random(len(points), parts * _POINTS_PER_MIDDLE, seed)]
-    part_of = _nearest(points, _centers(sample, parts, seed, _ITERATIONS))
+    part_of = _nearest(points, _lloyd(sample, parts, seed, _ITERATIONS)[0])
     sizes = part_of.bincount(minlength=parts).tolist()
     centers, nearest = [], []
     groups = part_of.argsort(stable=True).split(sizes)
     for group, share in zip(groups, proportional_shares(sizes, clusters), strict=True):
         if share:
-            members = points[group]
-            centers.append(_centers(members, share, seed, _ITERATIONS_IN_PART))
-            nearest.append(group[_nearest(centers[-1], members)])
+            found, members = _lloyd(points[group], share, seed, _ITERATIONS_IN_PART)
+            centers.append(found)
+            nearest.append(group[members])
     return torch.cat(centers), torch.cat(nearest)
 
 
-def _centers(points: Tensor, clusters: int, seed: int, iterations: int) -> Tensor:
-    """Lloyd's iterations from random points, in tensor algebra that rounds the same each time."""
-    centers = points[_random(len(points), clusters, seed).to(points.device)]
-    for _ in range(iterations if clusters < len(points) else 0):
-        nearest = _nearest(points, centers)
-        counts = nearest.bincount(minlength=clusters)
-        means = torch.segment_reduce(points[nearest.argsort(stable=True)], "mean", lengths=counts)
+def _lloyd(points: Tensor, clusters: int, seed: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """:func:`k_means` by Lloyd's iterations from random points, in tensor algebra that rounds the same each time."""
+    chosen = _random(len(points), clusters, seed).to(points.device)
+    centers = points[chosen]
+    if clusters == len(points):
+        return centers, chosen
+    for _ in range(iterations):
+        cluster = _nearest(points, centers)
+        counts = cluster.bincount(minlength=clusters)
+        means = torch.segment_reduce(points[cluster.argsort(stable=True)], "mean", lengths=counts)
         centers = means.where(counts[:, None] > 0, centers)  # of two equal centres, one has no nearest points
-    return centers
+    # Cluster by cluster, and in each the nearest point first: another product would cost as much as an iteration.
+    order = (points - centers[cluster]).square().sum(dim=1).argsort(stable=True)
+    order = order[cluster[order].argsort(stable=True)]
+    first = (counts.cumsum(dim=0) - counts).clamp(max=len(points) - 1)
+    is_empty = counts == 0
+    nearest = order[first]
+    nearest[is_empty] = _nearest(centers[is_empty], points)
+    return centers, nearest
 
 
 def _random(count: int, chosen: int, seed: int) -> Tensor:

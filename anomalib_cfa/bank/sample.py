@@ -20,6 +20,7 @@ class PatchSample:
         self.processes = processes
         self.share = 1.0
         self._images = 0
+        self._held = 0  # patches
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._generator = torch.Generator().manual_seed(seed + processes.rank)
 
@@ -39,13 +40,14 @@ class PatchSample:
             places = torch.stack([torch.full_like(chosen, number), chosen // width, chosen % width], dim=1)
             self._parts.append((image.flatten(0, 1)[chosen.to(image.device)], places.int().to(image.device)))
             self._images += 1
-            if sum(len(points) for points, _ in self._parts) > most:
+            self._held += len(chosen)
+            if self._held > most:
                 points, sources = self._joined()
                 while len(points) > most:
                     kept = self._choose(len(points), len(points) // 2).to(points.device)
                     points, sources = points[kept], sources[kept]
                     self.share /= 2
-                self._parts = [(points, sources)]
+                self._parts, self._held = [(points, sources)], len(points)
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """The samples of all processes, of shape (P, D), and their images, rows and columns, of shape (P, 3)."""
