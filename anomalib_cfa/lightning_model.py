@@ -14,7 +14,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -37,7 +37,7 @@ from anomalib_cfa.training.checks import (
     warn_of_other_images,
     warn_without_threshold,
 )
-from anomalib_cfa.training.features import TrainingFeatures
+from anomalib_cfa.training.features import TeardownOnException, TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
@@ -153,7 +153,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.hparams.update({name: value for name, value in hyperparameters.items() if name in self.hparams})
         pre_processing.make_exportable(self.pre_processor)
-        self._given = given_arguments({**self.hparams, "pre_processor": given_pre_processor}, Cfa)
+        components = {"pre_processor": given_pre_processor, "post_processor": post_processor}
+        self._given = given_arguments({**self.hparams, **components}, Cfa)
         if given_pre_processor is not True:
             pre_processing.warn_of_other_statistics(self.pre_processor, find_backbone(backbone))
             pre_processing.warn_of_late_resize(self.pre_processor)
@@ -205,6 +206,15 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
                 AUPRO(pixel_scores, "pixel_", strict=False),
             ],
         )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's, and one that gives trainer and data module back after an exception."""
+        callbacks: Any = super().configure_callbacks()
+        return [*callbacks, TeardownOnException()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a fit: a copy would hold the training images' features."""
+        return {**super().__getstate__(), "_features": None, "_out_of_bag": None}
 
     @property
     def trainer(self) -> Trainer:
@@ -277,7 +287,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         assert self._features is not None
         self._features.start_training()
         if images := self._features.paths():
-            self._out_of_bag = OutOfBagScores(self.model, self.training_images, images)
+            out_of_bag = OutOfBagScores(self.model, self.training_images, images)
+            self._out_of_bag = out_of_bag if out_of_bag.knows_owners else None
 
     def on_train_epoch_start(self) -> None:
         """Calibrate anew from this epoch's patches."""

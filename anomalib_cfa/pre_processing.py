@@ -139,6 +139,30 @@ def warn_of_late_resize(pre_processor: nn.Module | None) -> None:
         )
 
 
+def visible_part(pre_processor: nn.Module | None) -> tuple[float, float, float, float] | None:
+    """What is left of an image after a pre-processor: left, top, right, bottom, as parts of its width and height.
+
+    None where that depends on the image's shape, or is not known.
+
+    Example:
+        >>> visible_part(configure_pre_processor(image_size=64, center_crop_size=(32, 64)))
+        (0.0, 0.25, 1.0, 0.75)
+    """
+    parts = [part for part in _parts(getattr(pre_processor, "transform", None)) if not isinstance(part, _KEEP_SHAPE)]
+    if not parts:
+        return 0.0, 0.0, 1.0, 1.0
+    resize, *others = parts
+    if not isinstance(resize, v2.Resize) or len(resize.size or ()) != 2:
+        return None
+    sides = resize.size
+    if [type(part) for part in others] in ([v2.CenterCrop], [ExportableCenterCrop]):
+        sides = others[0].size
+    elif others:
+        return None
+    top, left = ((1 - min(side / whole, 1)) / 2 for side, whole in zip(sides, resize.size, strict=True))
+    return left, top, 1 - left, 1 - top
+
+
 def _parts(transform: v2.Transform | None) -> Iterator[v2.Transform]:
     """The parts of nested compositions, in their order."""
     if isinstance(transform, v2.Compose):

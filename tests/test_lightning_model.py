@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+import shutil
 from contextlib import nullcontext
 from itertools import chain
 
@@ -372,3 +373,20 @@ def test_a_fitted_model_takes_the_state_of_one_with_a_larger_bank():
         found, wanted = small.model(images), large.model(images)
     assert torch.equal(found.pred_score, wanted.pred_score)
     assert torch.equal(found.anomaly_map, wanted.anomaly_map)
+
+
+def test_a_fit_that_goes_on_with_moved_images_keeps_its_thresholds(rendered_mvtec, tmp_path, caplog):
+    """Scored by the centres that they gave themselves, they would make thresholds far too low."""
+    before = shutil.copytree(rendered_mvtec, tmp_path / "before")
+    model = tiny_cfa()
+    run = engine(tmp_path)
+    run.fit(model, datamodule=mvtec(before, val_split_mode="none"))
+    threshold = model.post_processor.image_threshold.clone()
+    assert threshold.isfinite()
+    run.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = tiny_cfa()
+    moved = mvtec(before.rename(tmp_path / "after"), val_split_mode="none")
+    engine(tmp_path, max_epochs=2).fit(again, datamodule=moved, ckpt_path=tmp_path / "model.ckpt")
+    assert again.post_processor.image_threshold == threshold
+    assert "neither thresholds nor odd images are found by these" in caplog.text
+    assert again.model.calibration.deviation.gt(0).all()

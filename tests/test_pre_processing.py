@@ -18,6 +18,7 @@ from anomalib_cfa.pre_processing import (
     exportable_transform,
     find_random_part,
     make_exportable,
+    visible_part,
     warn_of_late_resize,
 )
 from anomalib_cfa.resize import ExportableResize
@@ -202,3 +203,18 @@ def test_a_size_of_ones_own_is_checked_when_images_come():
 def test_a_resize_behind_what_changes_the_shape_is_warned_of(before: list[Any], named: str, caplog: Any) -> None:
     warn_of_late_resize(PreProcessor(v2.Compose([v2.Compose([*before, v2.Resize((64, 64))]), v2.CenterCrop(32)])))
     assert (f"has {named} before it" in caplog.text) if named else not caplog.text
+
+
+def test_what_is_visible_is_known_only_where_it_is_the_same_of_all_images():
+    resize, crop, rgb = v2.Resize((64, 128)), v2.CenterCrop((32, 64)), v2.RGB()
+    seen = {
+        (rgb, resize): (0, 0, 1, 1),
+        (resize, rgb, crop): (0.25, 0.25, 0.75, 0.75),
+        (rgb,): (0, 0, 1, 1),
+        (v2.Resize(64), crop): None,
+        (resize, v2.Pad(3)): None,
+        (crop, resize): None,
+    }
+    for parts, expected in seen.items():
+        assert visible_part(PreProcessor(v2.Compose(list(parts)))) == expected
+    assert visible_part(None) == (0, 0, 1, 1)

@@ -31,14 +31,6 @@ from anomalib_cfa.inspect.predictors import ModelPredictor
 from anomalib_cfa.inspect.samples import listed_samples
 from anomalib_cfa.lightning_model import Cfa
 
-_THRESHOLD_SIDES = {
-    ValSplitMode.SAME_AS_TEST: "test",
-    ValSplitMode.FROM_TEST: "test",
-    ValSplitMode.FROM_TRAIN: "validation",
-    ValSplitMode.SYNTHETIC: "validation",
-    ValSplitMode.NONE: "none",
-}
-
 
 def build_model(spec: JobSpec) -> AnomalibModule:
     """Build the model of a job.
@@ -72,6 +64,14 @@ def build_datamodule(spec: JobSpec) -> AnomalibDataModule:
         msg = f"class_path of data must name an anomalib data module, but names {found!r}"
         raise TypeError(msg)
     return found(**config["init_args"])
+
+
+def _threshold_side(model: AnomalibModule, datamodule: AnomalibDataModule) -> str:
+    """Which images chose the thresholds: those of the ``"test"``, of ``"validation"``, or ``"none"``."""
+    if model.post_processor is None or not hasattr(datamodule, "val_data"):
+        return "none"
+    from_test = ValSplitMode(datamodule.val_split_mode) in {ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST}
+    return "test" if from_test else "validation"
 
 
 class Job(BenchmarkJob):
@@ -138,7 +138,6 @@ class Job(BenchmarkJob):
             metrics = engine.test(model, datamodule=datamodule)[0]
             tested = time.perf_counter()
         self._inspect(model, datamodule, str(engine.trainer.strategy.root_device))
-        thresholds = _THRESHOLD_SIDES[ValSplitMode(datamodule.val_split_mode)] if model.post_processor else "none"
         return Result(
             accelerator=self.accelerator,
             config=self.spec.config,
@@ -147,7 +146,7 @@ class Job(BenchmarkJob):
             peak_memory=peak,
             images={"train": len(datamodule.train_data), "test": len(datamodule.test_data)},
             epochs=epochs,
-            threshold_from=thresholds,
+            threshold_from=_threshold_side(model, datamodule),
             weights=weights_of(model),
             versions=versions(),
             machine=machine(self.accelerator),

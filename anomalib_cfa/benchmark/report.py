@@ -16,7 +16,7 @@ from anomalib_cfa.benchmark.tables import AVERAGE, MEASURED, METRICS, TIMES, lab
 
 _F1_NOTES = {
     "test": "threshold chosen on the test split, where anomalib's data modules validate by default: optimistic",
-    "validation": "threshold chosen on validation images split off the training images",
+    "validation": "threshold chosen on validation images, which are none of the tested ones",
     "none": "without a validation split: this Cfa's threshold is from training images, other models have none",
 }
 

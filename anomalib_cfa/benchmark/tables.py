@@ -37,7 +37,8 @@ _NAMED = {"model", "model.class_path", "data.class_path"} | {
 def label_settings(specs: Sequence[JobSpec]) -> list[str]:
     """Name the setting of each job: the model, its backbone, the paper's view, and whatever else differs among them.
 
-    A setting is a job's whole configuration except for the images and the seed.
+    A setting is a job's whole configuration except for the images and the seed. Where two jobs of one name would be of
+    the same category and seed, what else differs between them, such as folders, is named in full.
     """
     flat = [flatten_dict({"accelerator": spec.accelerator, **spec.config}) for spec in specs]
     names = sorted({name for setting in flat for name in setting} - _IGNORED - _NAMED)
@@ -47,6 +48,13 @@ def label_settings(specs: Sequence[JobSpec]) -> list[str]:
         values = {name: str(setting[name]).rpartition("/")[2] for name in differing if name in setting}  # no folders
         others = [f"{name.rpartition('.')[2]} {value}" for name, value in values.items()]
         labels.append(", ".join([*_model_and_data(spec), *others]))
+    keys = [(label, spec.category, spec.seed) for label, spec in zip(labels, specs, strict=True)]
+    for key in {key for key in keys if keys.count(key) > 1}:
+        alike = [place for place, other in enumerate(keys) if other == key]
+        names = sorted({name for place in alike for name in flat[place]})
+        names = [name for name in names if len({repr(flat[place].get(name)) for place in alike}) > 1]
+        for place in alike:
+            labels[place] = ", ".join([labels[place], *(f"{name} {flat[place].get(name)}" for name in names)])
     return labels
 
 

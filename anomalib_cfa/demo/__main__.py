@@ -3,10 +3,9 @@
 import argparse
 import sys
 import time
-from os.path import relpath
 from pathlib import Path
 
-from anomalib_cfa.demo.commands import export_openvino, read_metrics, train
+from anomalib_cfa.demo.commands import export_openvino, read_metrics, shown, train
 from anomalib_cfa.demo.heat_maps import draw_heat_maps
 from anomalib_cfa.demo.render import CATEGORIES, render_mvtec
 from anomalib_cfa.demo.weights import RESNET18, find_weights
@@ -44,7 +43,7 @@ def _run(options: argparse.Namespace) -> None:
     weights = find_weights(output / "weights", options.weights_path)
     print(weights.note)
     datasets = render_mvtec(output / "datasets", options.categories, options.seed)
-    print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {relpath(datasets)}", flush=True)
+    print(f"Rendered {', '.join(options.categories)} in MVTec AD's layout to {shown(datasets)}", flush=True)
 
     pages = []
     summary = [f"{'':12}" + "".join(f"{name:>15}" for name in METRICS)]
@@ -59,8 +58,8 @@ def _run(options: argparse.Namespace) -> None:
 
     print(f"\nTest metrics of the last epoch, {'ImageNet' if weights.path else 'random'} features:")
     print("\n".join(summary))
-    print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {relpath(output / 'heat_maps')}")
-    print(f"To judge the models and set their thresholds, open {', '.join(map(relpath, pages))}")
+    print(f"\nHeat maps (image, ground truth, heat map, predicted outline): {shown(output / 'heat_maps')}")
+    print(f"To judge the models and set their thresholds, open {', '.join(map(shown, pages))}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 

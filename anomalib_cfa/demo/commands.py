@@ -15,6 +15,14 @@ MODEL = "Cfa"
 DATA = "MVTecAD"
 
 
+def shown(path: Path) -> str:
+    """A path as it is printed: from the working directory, unless it is on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def find_config() -> Path:
     """``configs/demo.yaml``: inside the package where it is installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]

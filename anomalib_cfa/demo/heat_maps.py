@@ -2,13 +2,13 @@
 
 import time
 from itertools import groupby, islice
-from os.path import relpath
 from pathlib import Path
 
 import numpy as np
 from anomalib.data import NumpyImageItem
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 
+from anomalib_cfa.demo.commands import shown
 from anomalib_cfa.inspect.pictures import read_rgb
 from anomalib_cfa.inspect.predictors import OpenVINOPredictor
 from anomalib_cfa.inspect.samples import find_samples
@@ -41,4 +41,4 @@ def draw_heat_maps(model: Path, category: Path, folder: Path) -> None:
             drawn.save(picture)
             verdict = "defective" if prediction.score > 0.5 else "normal"  # the threshold of normalized scores
             timing = f"{1000 * seconds:6.0f} ms"
-            print(f"OpenVINO: {kind:12} score {prediction.score:.2f} {verdict:10}{timing}  {relpath(picture)}")
+            print(f"OpenVINO: {kind:12} score {prediction.score:.2f} {verdict:10}{timing}  {shown(picture)}")

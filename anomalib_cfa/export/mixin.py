@@ -153,7 +153,9 @@ class CfaExport(ExportMixin):
             marked = staging / f"{model_file_name}.xml"
             openvino.save_model(model, marked, compress_to_fp16=False)
             in_a_loop = loops.one_image_at_a_time if own_size is None else loops.one_image_of_any_size_at_a_time
-            model = in_a_loop(openvino.Core().read_model(marked))
+            core = openvino.Core()
+            core.set_property({"ENABLE_MMAP": False})  # Windows could not remove the staging folder
+            model = in_a_loop(core.read_model(marked))
             path = staging / ExportType.OPENVINO.value / f"{model_file_name}.xml"
             path.parent.mkdir()
             openvino.save_model(model, path, compress_to_fp16=compression_type == CompressionType.FP16)

@@ -73,7 +73,7 @@ def inspect_samples(
             image = pictures.read_rgb(sample.path)
             prediction = predictor.predict(image)
             seen = pictures.crop(image, predictor.view)
-            mask = sample.read_mask(prediction.anomaly_map.shape, predictor.view)
+            mask = predictor.view and sample.read_mask(prediction.anomaly_map.shape, predictor.view)
         # PIL's readers raise whatever a damaged file makes them trip over.
         except Exception as error:  # noqa: BLE001
             result.unreadable[sample.name] = " ".join(f"{type(error).__name__}: {error}".split())

@@ -26,8 +26,10 @@ def read_rgb(path: Path) -> Image.Image:
         return file.convert("RGB")
 
 
-def crop(image: Image.Image, view: View) -> Image.Image:
-    """Cut out what the model sees: left, top, right and bottom, as parts of the image's width and height."""
+def crop(image: Image.Image, view: View | None) -> Image.Image:
+    """Cut out what the model sees: left, top, right and bottom, as parts of the image's width and height. None: all."""
+    if view is None:
+        return image
     sides = (image.width, image.height) * 2
     left, top, right, bottom = (round(part * side) for part, side in zip(view, sides, strict=True))
     return image.crop((left, top, right, bottom))

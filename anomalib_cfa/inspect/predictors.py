@@ -1,6 +1,8 @@
 """A checkpoint or an exported model -> predictions."""
 
+import logging
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +20,9 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 from anomalib_cfa.inspect.pictures import View
 from anomalib_cfa.inspect.reasons import Reason, find_reason
 from anomalib_cfa.lightning_model import Cfa
+from anomalib_cfa.pre_processing import visible_part
 
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,19 @@ class ModelPredictor:
         checkpoint: The file that it is from.
 
     Attributes:
-        view: Left, top, right and bottom of what it sees of an image, as parts of the image's width and height.
+        view: What it sees of an image, see :func:`~anomalib_cfa.pre_processing.visible_part`.
     """
 
     def __init__(self, model: AnomalibModule, device: str | None = None, checkpoint: Path | None = None) -> None:
         self.checkpoint = checkpoint
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
-        self.view = _view(model)
+        self.view = visible_part(model.pre_processor)
+        if self.view is None:
+            logger.warning(
+                "The model's pre_processor changes the shape of images in a way that the page cannot follow: heat maps "
+                "are stretched over the whole image, and neither true masks nor reasons are shown"
+            )
 
     @torch.inference_mode()
     def predict(self, image: Image.Image) -> Prediction:
@@ -69,20 +77,7 @@ class ModelPredictor:
         with self._model.model.descriptor.register_forward_hook(lambda *seen: described.append(seen[-1])):
             output = self._model(batch)
         # The whole image's; those of its centre crop may follow.
-        return _prediction(output, find_reason(self._model, described[0][0]))
-
-
-def _view(model: AnomalibModule) -> View:
-    """What is left of an image after the resize and the crop that the model was built with."""
-    crop = model.hparams.get("center_crop_size")
-    if crop is None:
-        return _WHOLE
-    sizes = (model.hparams.get("image_size") or 256, crop)
-    (height, width), (crop_height, crop_width) = (
-        (size, size) if isinstance(size, int) else tuple(size) for size in sizes
-    )
-    left, top = (1 - crop_width / width) / 2, (1 - crop_height / height) / 2
-    return left, top, 1 - left, 1 - top
+        return _prediction(output, None if self.view is None else find_reason(self._model, described[0][0]))
 
 
 class OpenVINOPredictor:
@@ -91,7 +86,7 @@ class OpenVINOPredictor:
     It does not tell what it sees of an image: where it crops, the heat map is stretched over the whole of it.
     """
 
-    view = _WHOLE
+    view: View = (0.0, 0.0, 1.0, 1.0)
     checkpoint: Path | None = None
 
     def __init__(self, path: Path, device: str | None = None) -> None:
@@ -139,7 +134,12 @@ def load_predictor(path: Path, device: str | None = None) -> Predictor:
         msg = f"model must be an existing file, but is {str(path)!r}"
         raise ValueError(msg)
     if path.suffix == ".ckpt":
-        return ModelPredictor(Cfa.load_from_checkpoint(path, map_location="cpu"), device, path)
+        try:
+            model = Cfa.load_from_checkpoint(path, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            msg = f"model must be a checkpoint, but {str(path)!r} is none, or is damaged"
+            raise ValueError(msg) from error
+        return ModelPredictor(model, device, path)
     if path.suffix in {".xml", ".onnx"}:
         return OpenVINOPredictor(path, device)
     msg = f"model must be a checkpoint (.ckpt) or an exported model (.xml, .onnx), but is {str(path)!r}"

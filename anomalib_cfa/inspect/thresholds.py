@@ -4,6 +4,7 @@ Anomalib's exports read them from the checkpoint only; `anomalib export` ignores
 """
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
         if value is not None and not 0 <= value <= 1:
             msg = f"{name} must be a threshold of normalized scores, from 0 to 1, but is {value}"
             raise ValueError(msg)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        content = None
     if not isinstance(content, dict) or not isinstance(content.get(_CONFIG), dict):
         msg = f"checkpoint must be one of anomalib 2.7 with a post-processor, but {str(checkpoint)!r} is not"
         raise ValueError(msg)  # noqa: TRY004 - of the file's content, not of an argument

@@ -98,7 +98,8 @@ def warn_of_other_images(images: Sequence[str], of_bank: Sequence[str]) -> None:
     if images and of_bank and not set(images) & set(of_bank):
         logger.warning(
             "None of the training images is one of those that the memory bank was made of, such as %s: what is normal "
-            "is still what those show. For a model of the new images, fit a new one, or call clear_memory_bank() first",
+            "is still what those show, and neither thresholds nor odd images are found by these. For a model of the "
+            "new images, fit a new one, or call clear_memory_bank() first",
             of_bank[0],
         )
 

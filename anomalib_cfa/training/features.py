@@ -11,7 +11,8 @@ made of. Therefore:
    the features are kept.
 4. ``on_train_start`` lets the training loader read, and starts it again, in the order of the epoch at hand. From then
    on it gives images, or only their places where their features are kept.
-5. ``teardown`` gives the data module its own ``train_dataloader`` back.
+5. ``teardown`` gives the data module its own ``train_dataloader`` back; after an exception, in which Lightning does not
+   call it, :class:`TeardownOnException` does.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -58,9 +60,6 @@ class TrainingFeatures:
         datamodule = getattr(module.trainer, "datamodule", None)
         if isinstance(datamodule, AnomalibDataModule):
             self._attributes = vars(datamodule)
-            before = getattr(self._attributes.get("train_dataloader"), "__self__", None)
-            if isinstance(before, TrainingFeatures):  # left by a fit that was interrupted
-                before.detach()
             self._own = self._attributes.get("train_dataloader")
             self._original = datamodule.train_dataloader
             self._attributes["train_dataloader"] = self._training_loader
@@ -153,3 +152,13 @@ class TrainingFeatures:
                 self.module.pre_processor.on_train_batch_start(trainer, self.module, batch, batch_idx=0)
             with trainer.precision_plugin.forward_context():
                 yield self.pyramid(batch)
+
+
+class TeardownOnException(Callback):
+    """Ends a run that failed as one that did not: what follows in the same process finds everything as it was."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Call the model's ``teardown``."""
+        del exception
+        assert trainer.state.fn is not None
+        pl_module.teardown(trainer.state.fn)

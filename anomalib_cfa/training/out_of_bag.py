@@ -28,6 +28,10 @@ class OutOfBagScores:
         model: The network, with its memory bank.
         bank_images: Paths of the images that the memory bank came from, to which its sources refer.
         images: Paths of the images that are trained on.
+
+    Attributes:
+        knows_owners: Whether any centre is known to be of one of the images. If not, these may be the same images at
+            another place, and their scores would be far too low.
     """
 
     def __init__(self, model: CfaModel, bank_images: Sequence[str], images: Sequence[str]) -> None:
@@ -36,6 +40,7 @@ class OutOfBagScores:
         # By path: a data set may hold an image twice.
         self._places = {path: place for place, path in enumerate(images)}
         self._owners = self._owners_of(bank_images)
+        self.knows_owners = not len(model.memory_bank.sources) or bool((self._owners != _NOBODY).any())
         self._scores = torch.full((len(images),), torch.nan)
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []  # places, squared distances and indices of some images
         self._coming: list[int] = []

@@ -15,18 +15,18 @@ from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.training.checkpoints import check_checkpoint
 from anomalib_cfa.training.saved_arguments import (
     COMPONENTS,
+    UNSAVED_PRE_PROCESSING,
     check_layers,
     check_pre_processing,
     current_arguments,
     merge,
     saved_arguments,
+    unsaved_pre_processing,
 )
 from anomalib_cfa.training.worst_fitting import WorstFitting, saved_worst_fitting
 
 logger = logging.getLogger(__name__)
 
-# They hold nothing learned, or may be switched off.
-_REPLACEABLE_COMPONENTS = ("evaluator", "visualizer", "post_processor")
 _TRAINING_IMAGES = "anomalib_cfa_training_images"
 _WORST_FITTING = "anomalib_cfa_worst_fitting"
 
@@ -48,6 +48,8 @@ class CfaCheckpoints(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save with the components the paths of the images that the memory bank came from, and which fit worst."""
         super().on_save_checkpoint(checkpoint)
+        if unsaved := unsaved_pre_processing(self.pre_processor):
+            checkpoint[UNSAVED_PRE_PROCESSING] = unsaved
         checkpoint[_TRAINING_IMAGES] = self.training_images
         checkpoint[_WORST_FITTING] = self.worst_fitting
 
@@ -55,7 +57,8 @@ class CfaCheckpoints(AnomalibModule):
         """Become the model that the checkpoint holds.
 
         Raises:
-            ValueError: If the checkpoint is damaged or not of this model, or an argument contradicts it.
+            ValueError: If the checkpoint is damaged or not of this model, an argument contradicts it, or the
+                pre-processor is missing, which anomalib could not save.
         """
         check_checkpoint(checkpoint)
         # What 0.1.0 saved of the anomaly map's Gaussian, and later versions compute.
@@ -81,10 +84,16 @@ class CfaCheckpoints(AnomalibModule):
             self.setup(TrainerFn.FITTING)  # with the new network and pre-processor
 
     def _restore_components(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
-        """Restore the pre- and post-processor; the evaluator and the visualizer may have changed."""
+        """Restore the pre- and post-processor; the evaluator and the visualizer may have changed.
+
+        A post-processor that was given keeps its settings, and takes the checkpoint's thresholds.
+        """
         config = checkpoint.get("anomalib_pre_processor_config") or {}
         if config.get("transform") is None and "pre_processor" in self._given:
             checkpoint.pop("anomalib_pre_processor_config", None)  # anomalib could not save it: the given one stays
+        if "post_processor" in self._given:
+            checkpoint.pop("anomalib_post_processor_config", None)
+            checkpoint.get("anomalib_components_enabled", {})["post_processor"] = True
         before = {name: getattr(self, name) for name in COMPONENTS}
         super().on_load_checkpoint(checkpoint)
         make_exportable(self.pre_processor)
@@ -99,8 +108,10 @@ class CfaCheckpoints(AnomalibModule):
             # The data module resizes to the size of the model before the checkpoint was read.
             if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
                 datamodule.setup(trainer.state.fn)
-        kept = [name for name in _REPLACEABLE_COMPONENTS if name != "post_processor" or self.post_processor is None]
-        _replace_state(checkpoint["state_dict"], self.state_dict(), tuple(f"{name}." for name in kept))
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        parts = ("evaluator.", "visualizer.", "post_processor.")
+        thresholds = [{name for name in state if name.startswith(parts[-1])} for state in (own, saved)]
+        _replace_state(saved, own, parts[:-1] if thresholds[0] == thresholds[1] else parts)
 
     @classmethod
     def load_from_checkpoint(

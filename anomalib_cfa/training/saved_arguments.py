@@ -22,6 +22,9 @@ from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.hyperparameters import RULES
 from anomalib_cfa.old_names import OLD_NAMES, current_search, from_old_names
 
+UNSAVED_PRE_PROCESSING = "anomalib_cfa_unsaved_pre_processing"
+"""Key of a checkpoint under which it says what anomalib could not save."""
+
 COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 
 # What a fitted model does not depend on. Of a fit that goes on, lr and weight_decay are part of the optimizer's state.
@@ -93,7 +96,13 @@ def check_layers(saved: Sequence[str], given: Sequence[str]) -> None:
 def check_pre_processing(
     checkpoint: Mapping[str, Any], pre_processor: nn.Module | None, given: Mapping[str, Any]
 ) -> None:
-    """Raise a ValueError if what was given of the pre-processing is not what the model was trained with."""
+    """Raise a ValueError if what was given of the pre-processing is not what the model was trained with, or lacks."""
+    if "pre_processor" not in given and (unsaved := checkpoint.get(UNSAVED_PRE_PROCESSING)):
+        msg = (
+            "pre_processor must be given beside this checkpoint, as anomalib could not save the one that the model was "
+            f"trained with, {unsaved}: Cfa.load_from_checkpoint(PATH, pre_processor=...), which can be exported, too"
+        )
+        raise ValueError(msg)
     given = {name: value for name, value in given.items() if name in _PRE_PROCESSING}
     enabled = (checkpoint.get("anomalib_components_enabled") or {}).get("pre_processor", True)
     saved = (checkpoint.get("anomalib_pre_processor_config") or {}).get("transform") if enabled else None
@@ -114,6 +123,12 @@ def check_pre_processing(
     if _without_statistics(ours) != _without_statistics(saved):
         name = next((name for name in given if hyperparameters.get(name) != given[name]), next(iter(given)))
         raise _contradiction(name, hyperparameters.get(name), given[name])
+
+
+def unsaved_pre_processing(pre_processor: nn.Module | None) -> str:
+    """What anomalib cannot save of a pre-processor, which knows a few transforms only; "" if it saves all."""
+    transform = getattr(pre_processor, "transform", pre_processor)
+    return "" if transform is None or _transform(pre_processor) is not None else " ".join(repr(transform).split())
 
 
 def _transform(pre_processor: nn.Module | None) -> Any:  # noqa: ANN401

@@ -50,7 +50,9 @@ def shard_loader(trainer: Trainer, places: list[int]) -> DataLoader[Any]:
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
+        worker_init_fn=loader.worker_init_fn,
+        timeout=loader.timeout,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
     )
 
 

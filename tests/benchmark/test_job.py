@@ -1,5 +1,7 @@
 """A job builds what the file says, and measures every model in the same way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from anomalib.pipelines.benchmark.generator import BenchmarkJobGenerator
@@ -7,7 +9,7 @@ from benchmark_jobs import section
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.benchmark.folder import RunFolder
-from anomalib_cfa.benchmark.job import Job, build_datamodule, build_model
+from anomalib_cfa.benchmark.job import Job, _threshold_side, build_datamodule, build_model
 from anomalib_cfa.benchmark.spec import expand
 
 
@@ -87,3 +89,18 @@ def test_a_class_path_of_something_else_is_refused():
     (spec,) = expand("cpu", section("data", data={"class_path": "pathlib.Path"}))
     with pytest.raises(TypeError, match="class_path"):
         build_datamodule(spec)
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_images", "side"),
+    [
+        ("from_dir", True, "validation"),
+        ("none", True, "validation"),
+        ("none", False, "none"),
+        ("from_test", True, "test"),
+    ],
+)
+def test_a_result_says_which_images_chose_the_thresholds(rendered_mvtec, mode, has_images, side):
+    spec = next(expand("cpu", section(rendered_mvtec)))
+    datamodule = SimpleNamespace(val_split_mode=mode, **({"val_data": []} if has_images else {}))
+    assert _threshold_side(build_model(spec), datamodule) == side

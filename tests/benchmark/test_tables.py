@@ -45,3 +45,13 @@ def test_two_options_of_one_name_are_both_in_the_label():
     specs = [spec_of(scale=1), spec_of(scale=2)]
     specs[1].config["data"]["init_args"]["scale"] = 3
     assert label_settings(specs) == ["Cfa, resnet18, R, scale 1", "Cfa, resnet18, R, scale 3, scale 2"]
+
+
+def test_folders_of_one_name_are_told_apart():
+    specs = [spec_of(weights_path="a/model.pth"), spec_of(weights_path="b/model.pth"), spec_of(), spec_of()]
+    specs[2].config["data"]["init_args"]["root"] = "gears"
+    specs[3].config["data"]["init_args"]["root"] = "bolts"
+    labels = label_settings(specs)
+    assert len(set(labels)) == 4
+    assert labels[0] == "Cfa, resnet18, R, weights_path model.pth, model.init_args.weights_path a/model.pth"
+    assert labels[3].endswith("data.init_args.root bolts")

@@ -166,10 +166,10 @@ def test_an_inspection_that_fails_leaves_the_earlier_page_and_its_pictures(
     assert {path for path in contents(tmp_path) if path.suffix != ".png"} == {page} | shown
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "text.ckpt"])
 def test_models_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    if name.endswith(".pt"):
-        (tmp_path / name).write_bytes(b"")
+    if name != "model.ckpt":
+        (tmp_path / name).write_text("no model")
     with pytest.raises(ValueError, match="model must be .*" + re.escape(name)):
         load_predictor(tmp_path / name)
 

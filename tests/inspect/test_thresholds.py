@@ -7,12 +7,17 @@ import pytest
 import torch
 from anomalib.data import InferenceBatch, MVTecAD
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
+from tiny import fit_to_noise, tiny_cfa
+from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
 from anomalib_cfa.inspect.__main__ import main
-from anomalib_cfa.inspect.predictors import load_predictor
+from anomalib_cfa.inspect.inspection import inspect_samples
+from anomalib_cfa.inspect.predictors import ModelPredictor, load_predictor
 from anomalib_cfa.inspect.reasons import find_reason
+from anomalib_cfa.inspect.samples import find_samples
 from anomalib_cfa.inspect.thresholds import main as set_main
 from anomalib_cfa.inspect.thresholds import set_thresholds
 
@@ -118,3 +123,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match="checkpoint must be one of anomalib"):
         set_thresholds(tmp_path / "model.ckpt", image=0.5)
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.ckpt").write_text("no model")
+    assert set_main([str(tmp_path / "model.ckpt"), "--image", "0.5"]) == 1
+    assert "thresholds: checkpoint must be one of anomalib" in capsys.readouterr().err
+
+
+def test_true_masks_are_not_shown_where_a_pre_processor_moves_pixels(
+    rendered_mvtec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    padded = PreProcessor(v2.Compose([v2.Resize((64, 64)), v2.Pad(8)]))
+    predictor = ModelPredictor(fit_to_noise(tiny_cfa(image_size=None, pre_processor=padded)))
+    assert predictor.view is None
+    assert "neither true masks nor reasons" in caplog.text
+    inspection = inspect_samples(predictor, find_samples(rendered_mvtec / "tile"), tmp_path / "page.html", "t", "m")
+    assert inspection.images
+    assert '"has_mask": true' not in (tmp_path / "page.html").read_text()

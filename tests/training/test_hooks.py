@@ -1,9 +1,10 @@
 """What hooks into a fit, or lends it something, finds what it expects."""
 
+import pickle
 from functools import partial
 
 import pytest
-from anomalib.data import AnomalibDataset, MVTecAD
+from anomalib.data import AnomalibDataset, ImageBatch, MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -143,8 +144,22 @@ def test_an_interrupted_fit_leaves_nothing_that_the_next_one_sees(rendered_mvtec
     datamodule = MVTecAD(rendered_mvtec, category="tile", num_workers=0)
     with pytest.raises(RuntimeError, match="stopped"):
         fit(rendered_mvtec, tmp_path, datamodule, callbacks=[Stop()])
-    fit(rendered_mvtec, tmp_path, datamodule)
     assert "train_dataloader" not in vars(datamodule)
+    assert all(isinstance(batch, ImageBatch) for batch in datamodule.train_dataloader())
+    fit(rendered_mvtec, tmp_path, datamodule)
+
+
+def test_a_copy_made_in_a_fit_holds_no_training_image(rendered_mvtec, tmp_path):
+    copies = []
+
+    class Copy(Callback):
+        def on_train_end(self, trainer, pl_module):
+            copies.append(pickle.dumps(pl_module))
+
+    run = Engine(default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu", callbacks=[Copy()])
+    model = tiny_cfa(evaluator=False)
+    run.fit(model, datamodule=MVTecAD(rendered_mvtec, category="tile", num_workers=0))
+    assert len(copies[0]) == pytest.approx(len(pickle.dumps(model)), abs=1000)
 
 
 @pytest.mark.parametrize(

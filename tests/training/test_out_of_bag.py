@@ -129,3 +129,12 @@ def test_an_epoch_predicts_its_own_images_only():
         scores.start_batch([name], (32, 32))
         scores.update(*model.memory_bank.nearest(patches, 6), patches)
     assert len(list(scores.predictions())) == 1
+
+
+def test_images_of_which_no_centre_is_known_to_be_are_told():
+    model = network()
+    names = ["a", "b", "c"]
+    assert OutOfBagScores(model, names, ["a", "b"]).knows_owners
+    assert not OutOfBagScores(model, names, ["moved/a", "moved/b"]).knows_owners
+    model.memory_bank.assign(model.memory_bank.centers)
+    assert OutOfBagScores(model, names, ["moved/a", "moved/b"]).knows_owners  # no centre is anyone's own

@@ -257,3 +257,41 @@ def test_sources_that_do_not_fit_the_centres_are_refused(shape):
     state["model.memory_bank.sources"] = torch.zeros(shape, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"memory_bank\.sources must have shape \(0, 3\) or \(\d+, 3\), but has"):
         check_checkpoint({"state_dict": state})
+
+
+def test_a_pre_processor_that_cannot_be_saved_must_be_given_again(rendered_mvtec, tmp_path):
+    """Without it images would reach the backbone neither resized nor normalized."""
+    blurred = PreProcessor(v2.Compose([v2.Resize((64, 64), antialias=True), v2.GaussianBlur(3)]))
+    model = tiny_cfa(image_size=None, pre_processor=blurred)
+    run = engine(tmp_path)
+    run.fit(model, datamodule=mvtec(rendered_mvtec))
+    run.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    for load in (
+        lambda: Cfa.load_from_checkpoint(tmp_path / "model.ckpt"),
+        lambda: engine(tmp_path).test(Cfa(**LITTLE), mvtec(rendered_mvtec), ckpt_path=tmp_path / "model.ckpt"),
+        lambda: engine(tmp_path).export(Cfa(**LITTLE), "onnx", ckpt_path=tmp_path / "model.ckpt"),
+    ):
+        with pytest.raises(ValueError, match=r"pre_processor must be given beside this checkpoint.*GaussianBlur"):
+            load()
+    again = Cfa.load_from_checkpoint(tmp_path / "model.ckpt", pre_processor=blurred).eval()
+    image = noise(1, 80, 80)
+    assert torch.equal(again(image).pred_score, model.eval()(image).pred_score)
+
+
+@pytest.mark.parametrize("trained_with", [True, False])
+def test_a_post_processor_that_is_given_keeps_its_settings(trained, rendered_mvtec, tmp_path, trained_with):
+    model, checkpoint = trained
+    if not trained_with:
+        model = tiny_cfa(post_processor=False)
+        run = engine(tmp_path)
+        run.fit(model, datamodule=mvtec(rendered_mvtec))
+        checkpoint = run.trainer.checkpoint_callback.last_model_path or run.best_model_path
+    given = PostProcessor(image_sensitivity=0.9)
+    tested = Cfa(**LITTLE, post_processor=given)
+    engine(tmp_path).test(tested, mvtec(rendered_mvtec), ckpt_path=checkpoint)
+    for restored in (tested, Cfa.load_from_checkpoint(checkpoint, post_processor=PostProcessor(image_sensitivity=0.9))):
+        assert restored.post_processor.image_sensitivity == 0.9
+        if trained_with:
+            assert restored.post_processor.image_threshold == model.post_processor.image_threshold
+        else:
+            assert restored.post_processor.image_threshold.isnan()
