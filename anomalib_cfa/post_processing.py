@@ -89,15 +89,22 @@ class OneClassPostProcessor(PostProcessor):
         if not len(scores):
             return 0
         threshold = threshold_at_rate(scores, self.false_alarm_rate)
-        half_range = _RANGE * (threshold - scores.median())
-        if half_range <= 0:  # of one image, or of equal ones: no spread tells how far is far
-            half_range = threshold.abs().clamp(min=1)
+        half_range = _RANGE * (threshold - scores.median()).clamp(min=0)
         if self.enable_thresholding:
             getattr(self, f"_{name}_threshold").copy_(threshold)
         if self.enable_normalization:
             getattr(self, f"{name}_min").copy_(threshold - half_range)
             getattr(self, f"{name}_max").copy_(threshold + half_range)
+            self._widen(name)
         return len(scores)
+
+    def _widen(self, name: str) -> None:
+        """Give an empty range some width: of one image, or of equal ones, no spread tells how far is far."""
+        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+        if low >= high:
+            half_range = low.abs().clamp(min=1)
+            low -= half_range
+            high += half_range
 
     def on_validation_batch_end(
         self,
@@ -124,6 +131,10 @@ class OneClassPostProcessor(PostProcessor):
         else:
             masked = self._pixel_threshold_metric.update_called or not self.enable_thresholding
             super().on_validation_epoch_end(trainer, pl_module)
+            if self._defects.update_called and not len(torch.as_tensor(self._image_scores.compute()).flatten()):
+                logger.warning("No validation image is normal: the thresholds are those of the defects alone")
+            for name in ("image", "pixel"):
+                self._widen(name)
             from_normal = not masked and self._pixel_scores.update_called
             if from_normal and self._set_threshold_and_range("pixel", self._pixel_scores):
                 logger.info("No mask says where the defects are: the pixel threshold comes from normal images")

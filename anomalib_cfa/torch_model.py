@@ -113,9 +113,13 @@ class CfaModel(nn.Module):
             processes: Those that share the images. Default: this one alone.
 
         Raises:
+            TypeError: If the batches can be walked over once only.
             ValueError: If there is no image, the images differ in size, or the bank would have fewer than K + J
                 centres.
         """
+        if iter(pyramids) is pyramids:
+            msg = f"pyramids must be walked over several times, as a list can be, but is a {type(pyramids).__name__}"
+            raise TypeError(msg)
         if self.whitening is not None:
             statistics = PatchStatistics()
             for block in self._all_blocks(pyramids, processes, "Reading patch features"):

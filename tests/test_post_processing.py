@@ -106,6 +106,15 @@ def test_defective_images_without_masks_alone_leave_the_pixel_threshold_to_anoma
     assert processor.pixel_threshold == processor.image_threshold == 500
 
 
+def test_a_single_defective_image_leaves_scores_that_tell_images_apart(caplog):
+    processor = validated(OneClassPostProcessor(), [50.0], [True])
+    assert processor.image_min < processor.image_threshold < processor.image_max
+    scores = torch.tensor([40.0, 50.0, 60.0])
+    normalized = processor(InferenceBatch(pred_score=scores, anomaly_map=scores[:, None, None])).pred_score
+    assert 0 < normalized[0] < normalized[1] == 0.5 < normalized[2] < 1
+    assert "No validation image is normal" in caplog.text
+
+
 def test_a_validation_forgets_the_one_before():
     processor = validated(OneClassPostProcessor(0.1), [50.0] * 20, [False] * 20)
     validated(processor, [1.0, 9.0], [False, True])

@@ -207,3 +207,15 @@ def test_a_batch_is_scored_image_by_image(monkeypatch):
     for ours, theirs in zip(model(images), whole, strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs)
+
+
+def test_batches_that_can_be_walked_over_once_are_refused():
+    model = CfaModel(PatchFeatures("test_resnet.r160_in1k", pre_trained=False)).eval()
+    with pytest.raises(TypeError, match=r"pyramids must be walked over several times.*but is a generator"):
+        model.fit(model.pyramid(torch.rand(2, 3, 64, 64)) for _ in range(2))
+
+
+def test_a_backbone_without_its_pre_trained_weights_does_not_run():
+    features = PatchFeatures("test_resnet.r160_in1k")
+    with pytest.raises(RuntimeError, match=r"call load_weights\(\) first"):
+        features(torch.rand(1, 3, 64, 64))

@@ -28,7 +28,8 @@ class PatchFeatures(nn.Module):
 
     Each level collects the chosen layers of one stride, and is pooled over 3 x 3 patches with stride 1 and padding 1.
     The backbone's weights never change, and it is in evaluation mode always. Where no compiler follows, what runs is a
-    copy of ``network`` without batch norms (:mod:`anomalib_cfa.features.folding`), so that hooks on it are not called.
+    copy of ``network`` without batch norms (:mod:`anomalib_cfa.features.folding`): hooks on it are not called, and a
+    state dict is to be loaded into the whole module.
 
     The constructor needs neither a file nor the network: :meth:`load_weights` gets the pre-trained weights. They are
     part of the state dict, so a module that is restored from one does not need them again.
@@ -187,7 +188,11 @@ class PatchFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The pyramid of pre-processed images (B, 3, H, W): pooled maps (B, C_l, h_l, w_l), finest first."""
+        """The pyramid of pre-processed images (B, 3, H, W): pooled maps (B, C_l, h_l, w_l), finest first.
+
+        Raises:
+            RuntimeError: If the pre-trained weights are not loaded yet.
+        """
         maps = iter(self._running(images)(images.contiguous(memory_format=torch.channels_last)))
         pyramid = []
         for layers, channels in zip(self.layers_per_level, self.channels, strict=True):
@@ -201,5 +206,8 @@ class PatchFeatures(nn.Module):
         if images.is_meta or torch.compiler.is_compiling():
             return self.network
         if not self._folded:
+            if self.pre_trained and not self.weights_loaded:
+                msg = "The backbone has no pre-trained weights yet, and pre_trained is True: call load_weights() first"
+                raise RuntimeError(msg)
             self._folded = [fold_batch_norms(self.network).to(memory_format=torch.channels_last)]
         return self._folded[0]

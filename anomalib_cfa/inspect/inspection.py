@@ -1,5 +1,6 @@
 """A model's predictions of a folder -> everything that the page shows."""
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def inspect_samples(
     target.write(
         title=title,
         model=model_name,
+        windows=os.name == "nt",  # where commands are quoted in another way
         checkpoint=None if predictor.checkpoint is None else str(predictor.checkpoint),
         thresholds={"image": image_threshold.value, "pixel": pixel_threshold.value},
         pixels={kind: counts.tolist() for kind, counts in pixels.counts.items()},

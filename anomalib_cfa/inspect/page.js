@@ -69,8 +69,8 @@ function showCounts(side) {
 }
 
 function exportLine() {
-  const path = data.checkpoint ?? "MODEL.ckpt", onWindows = /^([A-Za-z]:)?\\/.test(path);
-  const quoted = onWindows ? `"${path}"` : /^[\w./-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`;
+  const path = data.checkpoint ?? "MODEL.ckpt";
+  const quoted = data.windows ? `"${path}"` : /^[\w./-]+$/.test(path) ? path : `'${path.replaceAll("'", "'\\''")}'`;
   return `python -m anomalib_cfa.inspect.thresholds ${quoted} --image ${state.image} --pixel ${state.pixel}\n` +
     `anomalib export --model Cfa --ckpt_path ${quoted} --export_type openvino`;
 }

@@ -30,7 +30,7 @@ def set_thresholds(checkpoint: Path, image: float | None = None, pixel: float | 
             raise ValueError(msg)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, EOFError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get(_CONFIG), dict):
         msg = f"checkpoint must be one of anomalib 2.7 with a post-processor, but {str(checkpoint)!r} is not"

@@ -10,7 +10,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_cfa.hyperparameters import RULES, check_hyperparameters, plain
+from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.training.checkpoints import check_checkpoint
 from anomalib_cfa.training.saved_arguments import (
@@ -78,7 +78,7 @@ class CfaCheckpoints(AnomalibModule):
             self.save_hyperparameters({**self.hparams, **arguments})
             self._build()
         if "layers" in self._given:
-            check_layers(self.model.patch_features.layers, self._given["layers"])
+            check_layers(self.model.patch_features, self._given["layers"])
         if fitting:
             self.teardown(TrainerFn.FITTING)
             self.setup(TrainerFn.FITTING)  # with the new network and pre-processor
@@ -144,6 +144,8 @@ class CfaCheckpoints(AnomalibModule):
         components = {name: value for name, value in given.items() if name in COMPONENTS or name not in RULES}
         if components.get("pre_processor", True) is not True:
             components |= {"image_size": None, "center_crop_size": None}
+        if components.get("post_processor", True) is not True:
+            components |= {"false_alarm_rate": DEFAULT_FALSE_ALARM_RATE}
         options: Any = (map_location, hparams_file, strict, weights_only)
         model = super().load_from_checkpoint(checkpoint_path, *options, **components)
         assert isinstance(model, CfaCheckpoints)
@@ -158,7 +160,7 @@ class CfaCheckpoints(AnomalibModule):
         """
         arguments = merge(self.hparams, given, fitting=False)
         if given.get("layers") is not None:
-            check_layers(self.model.patch_features.layers, given["layers"])
+            check_layers(self.model.patch_features, given["layers"])
         sizes = {name: given.get(name, self.hparams[name]) for name in ("image_size", "center_crop_size")}
         if sizes != {name: self.hparams[name] for name in sizes}:
             config: Any = getattr(self.pre_processor, "checkpoint_config", dict)()

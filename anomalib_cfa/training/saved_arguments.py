@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+from anomalib.pre_processing import PreProcessor
 from torch import nn
 
+from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.hyperparameters import RULES
 from anomalib_cfa.old_names import OLD_NAMES, current_search, from_old_names
@@ -87,9 +89,13 @@ def _contradiction(name: str, saved: object, given: object) -> ValueError:
     )
 
 
-def check_layers(saved: Sequence[str], given: Sequence[str]) -> None:
-    """Raise a ValueError if the layers that were given are not those of the checkpoint's network."""
-    if set(saved) != set(given):
+def check_layers(restored: PatchFeatures, given: Sequence[str]) -> None:
+    """Raise a ValueError if the layers that were given are not those of the checkpoint's network.
+
+    A layer may have two names: of a stage, and of its last block.
+    """
+    saved = restored.requested_layers or restored.layers
+    if set(given) not in (set(restored.layers), set(saved)):
         raise _contradiction("layers", list(saved), list(given))  # noqa: EM101 - a name, no message
 
 
@@ -126,7 +132,11 @@ def check_pre_processing(
 
 
 def unsaved_pre_processing(pre_processor: nn.Module | None) -> str:
-    """What anomalib cannot save of a pre-processor, which knows a few transforms only; "" if it saves all."""
+    """What anomalib cannot save of a pre-processor: most transforms, and what a subclass does; "" if it saves all."""
+    kind: Any = type(pre_processor)
+    is_own = issubclass(kind, PreProcessor) and kind is not PreProcessor
+    if is_own and kind.checkpoint_config is PreProcessor.checkpoint_config:
+        return f"a {kind.__name__}"
     transform = getattr(pre_processor, "transform", pre_processor)
     return "" if transform is None or _transform(pre_processor) is not None else " ".join(repr(transform).split())
 

@@ -126,9 +126,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "model.ckpt").write_text("no model")
-    assert set_main([str(tmp_path / "model.ckpt"), "--image", "0.5"]) == 1
-    assert "thresholds: checkpoint must be one of anomalib" in capsys.readouterr().err
+    for content in ("no model", ""):
+        (tmp_path / "model.ckpt").write_text(content)
+        assert set_main([str(tmp_path / "model.ckpt"), "--image", "0.5"]) == 1
+        assert "thresholds: checkpoint must be one of anomalib" in capsys.readouterr().err
 
 
 def test_true_masks_are_not_shown_where_a_pre_processor_moves_pixels(

@@ -1,5 +1,6 @@
 """A checkpoint says everything about the model that it holds."""
 
+import copy
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from tiny import engine, fit_to_noise, mvtec, noise, tiny_cfa
 from torchvision.transforms import v2
 
 from anomalib_cfa import Cfa
+from anomalib_cfa.post_processing import OneClassPostProcessor
 from anomalib_cfa.training.checkpoints import check_checkpoint
 
 TRAINED = {
@@ -295,3 +297,45 @@ def test_a_post_processor_that_is_given_keeps_its_settings(trained, rendered_mvt
             assert restored.post_processor.image_threshold == model.post_processor.image_threshold
         else:
             assert restored.post_processor.image_threshold.isnan()
+
+
+@pytest.mark.parametrize("layers", [["layer2", "layer3.0"], ["layer2.0", "layer3"]])
+def test_stages_and_single_blocks_are_restored(layers):
+    """A stage goes by its last block's name in such a network."""
+    model = fit_to_noise(tiny_cfa(layers=layers))
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    for given in ({}, {"layers": layers}, {"layers": list(model.model.patch_features.layers)}):
+        restored = Cfa(**LITTLE, **given)
+        restored.on_load_checkpoint(copy.deepcopy(checkpoint))
+        assert restored.model.patch_features.layers == model.model.patch_features.layers
+    with pytest.raises(ValueError, match="layers must be"):
+        Cfa(**LITTLE, layers=["layer3"]).on_load_checkpoint(copy.deepcopy(checkpoint))
+
+
+class Inverting(PreProcessor):
+    """A user's own."""
+
+    def forward(self, batch):
+        return super().forward(1 - batch)
+
+
+def test_a_pre_processor_of_ones_own_class_must_be_given_again():
+    given = Inverting(v2.Compose([v2.Resize((64, 64), antialias=True)]))
+    model = fit_to_noise(tiny_cfa(image_size=None, pre_processor=given))
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"pre_processor must be given beside this checkpoint.*a Inverting"):
+        Cfa(**LITTLE).on_load_checkpoint(copy.deepcopy(checkpoint))
+    restored = Cfa(**LITTLE, pre_processor=given)
+    restored.on_load_checkpoint(copy.deepcopy(checkpoint))
+    assert type(restored.pre_processor) is Inverting
+
+
+def test_a_post_processor_beside_a_checkpoint_of_another_false_alarm_rate(rendered_mvtec, tmp_path):
+    run = engine(tmp_path)
+    run.fit(tiny_cfa(false_alarm_rate=0.05), datamodule=mvtec(rendered_mvtec))
+    run.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    given = OneClassPostProcessor(0.02)
+    restored = Cfa.load_from_checkpoint(tmp_path / "model.ckpt", post_processor=given)
+    assert restored.post_processor.false_alarm_rate == 0.02
+    assert Cfa.load_from_checkpoint(tmp_path / "model.ckpt", post_processor=False).post_processor is None
