@@ -13,6 +13,7 @@ from anomalib.metrics import AUROC
 from anomalib.pre_processing import PreProcessor
 from exporting import assert_agree, fitted, predict, run_onnx, run_openvino, tiny
 from PIL import Image
+from soak import SOAK
 from torch import nn
 from torchvision.transforms import v2
 
@@ -142,6 +143,7 @@ def test_both_views_are_exported(tmp_path):
         assert not torch.allclose(network(image).anomaly_map, both, rtol=1e-2)
 
 
+@pytest.mark.skipif(not SOAK, reason="one more export of both views: make soak")
 def test_both_views_are_exported_behind_a_pre_processor_of_another_kind(tmp_path):
     model = fitted(tiny(center_view=True))
     model.pre_processor = nn.Identity()
