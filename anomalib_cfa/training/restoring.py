@@ -93,7 +93,7 @@ class CfaCheckpoints(AnomalibModule):
             checkpoint.pop("anomalib_pre_processor_config", None)  # anomalib could not save it: the given one stays
         if "post_processor" in self._given:
             checkpoint.pop("anomalib_post_processor_config", None)
-            checkpoint.get("anomalib_components_enabled", {})["post_processor"] = True
+            (checkpoint.get("anomalib_components_enabled") or {})["post_processor"] = True
         before = {name: getattr(self, name) for name in COMPONENTS}
         super().on_load_checkpoint(checkpoint)
         make_exportable(self.pre_processor)
@@ -109,9 +109,10 @@ class CfaCheckpoints(AnomalibModule):
             if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
                 datamodule.setup(trainer.state.fn)
         own, saved = self.state_dict(), checkpoint["state_dict"]
-        parts = ("evaluator.", "visualizer.", "post_processor.")
-        thresholds = [{name for name in state if name.startswith(parts[-1])} for state in (own, saved)]
-        _replace_state(saved, own, parts[:-1] if thresholds[0] == thresholds[1] else parts)
+        _replace_state(saved, own, ("evaluator.", "visualizer."))
+        thresholds = [{name for name in state if name.startswith("post_processor.")} for state in (own, saved)]
+        if "post_processor" in self._given and thresholds[0] != thresholds[1]:
+            _replace_state(saved, own, ("post_processor.",))
 
     @classmethod
     def load_from_checkpoint(

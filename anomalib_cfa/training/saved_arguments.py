@@ -136,7 +136,7 @@ def unsaved_pre_processing(pre_processor: nn.Module | None) -> str:
     kind: Any = type(pre_processor)
     is_own = issubclass(kind, PreProcessor) and kind is not PreProcessor
     if is_own and kind.checkpoint_config is PreProcessor.checkpoint_config:
-        return f"a {kind.__name__}"
+        return str(kind.__name__)
     transform = getattr(pre_processor, "transform", pre_processor)
     return "" if transform is None or _transform(pre_processor) is not None else " ".join(repr(transform).split())
 

@@ -324,7 +324,7 @@ def test_a_pre_processor_of_ones_own_class_must_be_given_again():
     model = fit_to_noise(tiny_cfa(image_size=None, pre_processor=given))
     checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     model.on_save_checkpoint(checkpoint)
-    with pytest.raises(ValueError, match=r"pre_processor must be given beside this checkpoint.*a Inverting"):
+    with pytest.raises(ValueError, match=r"pre_processor must be given beside this checkpoint.*with, Inverting"):
         Cfa(**LITTLE).on_load_checkpoint(copy.deepcopy(checkpoint))
     restored = Cfa(**LITTLE, pre_processor=given)
     restored.on_load_checkpoint(copy.deepcopy(checkpoint))
