@@ -29,6 +29,7 @@ from anomalib_cfa.loss import CfaLoss
 from anomalib_cfa.metrics import AUROC
 from anomalib_cfa.old_names import current_search, from_old_names
 from anomalib_cfa.post_processing import OneClassPostProcessor, forget_thresholds
+from anomalib_cfa.processes import Processes
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.checks import (
     check_epochs_left,
@@ -41,7 +42,6 @@ from anomalib_cfa.training.features import TeardownOnException, TrainingFeatures
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 from anomalib_cfa.training.kept_features import IndexedBatch
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
-from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.restoring import CfaCheckpoints
 from anomalib_cfa.training.saved_arguments import given_arguments
 from anomalib_cfa.training.whole_files import write_whole_files
@@ -169,21 +169,27 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
 
     def _build(self) -> None:
         """Build the network and the loss from the hyper-parameters."""
-        # A size in a user's own pre-processor is checked when images come, unless the backbone is built for it:
-        # anomalib's tiled ensemble builds throw-away models of 10 x 10 pixels.
-        is_own = "pre_processor" not in self._given
-        tells_size = hasattr(self.pre_processor, "transform")
-        needed = is_own or (tells_size and find_backbone(self.hparams["backbone"]).is_of_one_size)
-
-        def arguments(part: type) -> dict[str, Any]:
-            return {name: self.hparams[name] for name in signature(part).parameters if name in self.hparams}
-
-        size = self.input_size if needed else None
-        patch_features = PatchFeatures(**{**arguments(PatchFeatures), "image_size": size})
-        self.model: CfaModel = CfaModel(patch_features, **arguments(CfaModel))
+        size = self._size_to_build_for()
+        patch_features = PatchFeatures(**{**self._arguments_of(PatchFeatures), "image_size": size})
+        self.model: CfaModel = CfaModel(patch_features, **self._arguments_of(CfaModel))
         if size is not None:
             self.model.check_image_size(*size)
-        self.loss = CfaLoss(**arguments(CfaLoss))
+        self.loss = CfaLoss(**self._arguments_of(CfaLoss))
+
+    def _size_to_build_for(self) -> tuple[int, int] | None:
+        """Height and width of images, where they are known and matter before images come.
+
+        In a user's own pre-processor they do so only if the backbone is built for a size: anomalib's tiled ensemble
+        builds throw-away models of 10 x 10 pixels.
+        """
+        is_default = "pre_processor" not in self._given
+        tells_size = hasattr(self.pre_processor, "transform")
+        if is_default or (tells_size and find_backbone(self.hparams["backbone"]).is_of_one_size):
+            return self.input_size
+        return None
+
+    def _arguments_of(self, part: type) -> dict[str, Any]:
+        return {name: self.hparams[name] for name in signature(part).parameters if name in self.hparams}
 
     configure_pre_processor = staticmethod(pre_processing.configure_pre_processor)
 
@@ -225,13 +231,13 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        if trainer is not None:
-            check_trainer(trainer)  # before callbacks set anything up
+        if trainer is None:
+            return
+        check_trainer(trainer)  # before callbacks set anything up
         # The last moment before Lightning sets 1,000 epochs, where no epochs, steps or time are given.
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-            timed = any(timer.time_remaining() is not None for timer in timers)
-            if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.max_epochs is None and trainer.max_steps == -1:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(each, Timer) and each.time_remaining() is not None for each in callbacks):
                 trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
                 logger.info("Training for %d epoch, as no number of epochs, steps or time is given", DEFAULT_EPOCHS)
 
@@ -245,20 +251,25 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         """Trained on normal images only."""
         return LearningType.ONE_CLASS
 
+    def clear_memory_bank(self) -> None:
+        """Forget all that was learned from images, thresholds too, so that the next fit is as a new model's."""
+        self.model.reset()
+        self.training_images, self.worst_fitting = [], []
+        forget_thresholds(self.post_processor)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with AMSGrad, the authors' optimizer, for the descriptor and the radius: the backbone is frozen."""
+        options = {name: self.hparams[name] for name in ("lr", "weight_decay")}
+        return torch.optim.AdamW(self.model.trained_parameters(), amsgrad=True, **options)
+
+    # The hooks in a fit's order; anomalib_cfa.training.features says what happens to the images meanwhile.
+
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
         self._limit_val_batches = do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
             self._features = TrainingFeatures(self)
             write_whole_files(self.trainer.strategy)
-
-    def teardown(self, stage: str) -> None:
-        """Give trainer and data module back as they were, and forget the kept features."""
-        if self._limit_val_batches is not None:
-            self.trainer.limit_val_batches = self._limit_val_batches
-        if stage == TrainerFn.FITTING and self._features is not None:
-            self._features.detach()
-            self._features = self._out_of_bag = None
 
     def on_fit_start(self) -> None:
         """Build the memory bank, unless the model has one: from a checkpoint, or from a fit before."""
@@ -272,15 +283,10 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
             check_epochs_left(self.trainer)
             self.training_images = self._features.paths()
             self.model.patch_features.load_weights()
-            # An epoch calibrates the score as it trains.
-            start = self.model.fit if self.trainer.fit_loop.skip else self.model.build
-            start(self._features, Processes.of(self.trainer.strategy))
-
-    def clear_memory_bank(self) -> None:
-        """Forget all that was learned from images, thresholds too, so that the next fit is as a new model's."""
-        self.model.reset()
-        self.training_images, self.worst_fitting = [], []
-        forget_thresholds(self.post_processor)
+            all_features, processes = self._features, Processes.of(self.trainer)
+            self.model.build(all_features, processes)
+            if self.trainer.fit_loop.skip:  # otherwise an epoch calibrates the score as it trains
+                self.model.calibrate_all(all_features, processes)
 
     def on_train_start(self) -> None:
         """Read no image that need not be read."""
@@ -326,21 +332,20 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
                 f"The loss is {loss.item()}: the images or the features hold nan or infinite values, or lr is too high"
             )
             raise ValueError(msg)
-        attraction, repulsion = terms
-        logged = {"loss": loss, "attraction": attraction, "repulsion": repulsion, "radius": self.model.radius}
-        self.log_dict(
-            {f"train_{name}": value.detach() for name, value in logged.items()},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(pyramid[0]),
-        )
+        values = {"loss": loss, "attraction": terms[0], "repulsion": terms[1], "radius": self.model.radius}
+        logged = {f"train_{name}": value.detach() for name, value in values.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(pyramid[0]))
         return loss
 
     def on_validation_start(self) -> None:
         """Score with the calibration that this epoch's training patches give."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._finish_epoch()
+
+    def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
+        """Predict a batch."""
+        updated: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
+        return updated
 
     def on_train_epoch_end(self) -> None:
         """The same without a validation, and thresholds from the training images, before the checkpoint is written."""
@@ -359,7 +364,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
                 )
 
     def _finish_epoch(self) -> None:
-        processes = Processes.of(self.trainer.strategy)
+        processes = Processes.of(self.trainer)
         self.model.finish_calibration(processes)
         if self._out_of_bag is not None:
             self.worst_fitting = self._out_of_bag.worst(processes)
@@ -367,23 +372,17 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
     def on_train_end(self) -> None:
         """Name the training images that fit worst; calibrate the score if time was up before the first step."""
         if self.trainer.global_step == 0 and self._features is not None:
-            self.model.calibrate_all(self._features, Processes.of(self.trainer.strategy))
+            self.model.calibrate_all(self._features, Processes.of(self.trainer))
         if self._out_of_bag is not None and self.trainer.is_global_zero:
             log_worst(self.worst_fitting, len(self.training_images))
 
-    def validation_step(self, batch: ImageBatch) -> STEP_OUTPUT:
-        """Predict a batch."""
-        updated: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
-        return updated
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with AMSGrad, the authors' optimizer, for the descriptor and the radius: the backbone is frozen."""
-        return torch.optim.AdamW(
-            self.model.trained_parameters(),
-            lr=self.hparams["lr"],
-            weight_decay=self.hparams["weight_decay"],
-            amsgrad=True,
-        )
+    def teardown(self, stage: str) -> None:
+        """Give trainer and data module back as they were, and forget the kept features."""
+        if self._limit_val_batches is not None:
+            self.trainer.limit_val_batches = self._limit_val_batches
+        if stage == TrainerFn.FITTING and self._features is not None:
+            self._features.detach()
+            self._features = self._out_of_bag = None
 
     def on_test_start(self) -> None:
         """Warn where labels would mean nothing."""

@@ -16,7 +16,7 @@ from anomalib_cfa.bank.memory_bank import MemoryBank
 from anomalib_cfa.descriptor import PatchDescriptor
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.hyperparameters import check_neighbors
-from anomalib_cfa.training.processes import ALONE, Processes
+from anomalib_cfa.processes import ALONE, Processes
 from anomalib_cfa.whitening import PatchStatistics
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,21 @@ _NEIGHBORS = 8  # centres, a centre itself among them, whose patches say what is
 
 
 class PatchScores(NamedTuple):
-    """Scores of patches for the anomaly map and for the image's score, both of shape (B, h, w).
+    """Scores of patches, both of shape (B, h, w). They differ only where ``score`` is ``"local"``."""
 
-    They differ only where ``score`` is ``"local"``.
-    """
+    of_map: Tensor  # for the anomaly map
+    of_image: Tensor  # for the image's score
 
-    of_map: Tensor
-    of_image: Tensor
+
+class Maps(NamedTuple):
+    """Smoothed patch scores, both of shape (B, H, W). They differ only where ``score`` is ``"local"``."""
+
+    shown: Tensor  # the anomaly map
+    of_image: Tensor  # its maximum is the image's score
+
+    def predictions(self) -> InferenceBatch:
+        """Anomaly maps, and image scores of shape (B,)."""
+        return InferenceBatch(pred_score=self.of_image.amax(dim=(-2, -1)), anomaly_map=self.shown)
 
 
 class CfaModel(nn.Module):
@@ -93,6 +101,59 @@ class CfaModel(nn.Module):
         self.radius = nn.Parameter(torch.tensor(self.initial_radius), requires_grad=learn_radius)
         self.anomaly_map_generator = AnomalyMapGenerator(sigma)
 
+    # Images -> patch descriptors.
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Extract what the patch descriptor reads of pre-processed images of shape (B, 3, H, W).
+
+        Returns:
+            The pyramid: pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
+
+        Raises:
+            ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
+        """
+        if not torch.compiler.is_exporting():
+            self._check_view(*images.shape[-2:])
+            images = images.as_subclass(Tensor)  # no image of torchvision's, which compilers do not follow
+        pyramid: list[Tensor] = self.patch_features(images)
+        return pyramid
+
+    def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Describe the patches of a pyramid, by descriptors of shape (B, h, w, D)."""
+        descriptors: Tensor = self.descriptor(pyramid)
+        return descriptors
+
+    def blocks(self, pyramid: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Split a batch into blocks of as many images as are fast to describe at a time, one at least."""
+        finest = pyramid[0]
+        held = _BLOCK_BYTES if finest.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
+        images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
+        return map(list, zip(*(level.split(images) for level in pyramid), strict=True))
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Check, before the long work, that all views of images of height x width pixels can be scored.
+
+        Raises:
+            ValueError: If they are too small for the backbone or for the anomaly map's smoothing, or of a size that the
+                backbone does not take.
+        """
+        self._check_view(height, width)
+        if self.center_view:
+            try:
+                self._check_view(*central_view(torch.empty(height, width, device="meta")).shape)
+            except ValueError as error:
+                msg = f"center_view must be False for images of {height} x {width} pixels: of their centre, {error}"
+                raise ValueError(msg) from error
+
+    def _check_view(self, height: int, width: int) -> None:
+        self.patch_features.check_image_size(height, width)
+        smallest = self.anomaly_map_generator.min_image_size
+        if min(height, width) < smallest:
+            msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
+            raise ValueError(msg)
+
+    # Patch descriptors -> memory bank and calibration.
+
     def fit(self, pyramids: Iterable[Sequence[Tensor]], processes: Processes = ALONE) -> None:
         """Build the memory bank and calibrate the score, for use without training.
 
@@ -145,20 +206,36 @@ class CfaModel(nn.Module):
             self.calibrate(squared, indices)
         self.finish_calibration(processes)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Forget all that was learned: descriptor, radius, memory bank and calibration."""
-        self.descriptor.reset(self.seed)
-        self.radius.fill_(self.initial_radius)
-        self.memory_bank.clear()
-        self.calibration.reset(0)
-
     def _all_blocks(
         self, pyramids: Iterable[Sequence[Tensor]], processes: Processes, task: str
     ) -> Iterator[list[Tensor]]:
         for pyramid in tqdm(pyramids, task, disable=processes.rank != 0, leave=False):
             self._check_patches(pyramid)
             yield from self.blocks(pyramid)
+
+    def _check_patches(self, pyramid: Sequence[Tensor]) -> None:
+        """Check at the first images, before the long work, that a bank of a given gamma_c would be large enough."""
+        if self.gamma_c is not None:
+            patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
+            check_neighbors(int(patches / self.gamma_c), self.num_nearest_neighbors, self.num_hard_negative_features)
+
+    def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
+        """Set the memory bank's centres, of shape (N, D), and their sources; their calibration starts anew."""
+        self.memory_bank.assign(centers.to(self.descriptor.weight), sources)
+        self.calibration.reset(len(centers))
+
+    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
+
+        Returns:
+            Squared distances and indices of these centres, and never of fewer than six if there are as many, as
+            :meth:`~anomalib_cfa.bank.memory_bank.MemoryBank.nearest` gives them; and the patch descriptors, of shape
+            (B, h, w, D).
+        """
+        descriptors = self.describe(pyramid)
+        wanted = max(self.num_nearest_neighbors + self.num_hard_negative_features, _FEWEST_TARGETS)
+        neighbors = min(wanted, len(self.memory_bank.centers))
+        return *self.memory_bank.nearest(descriptors, neighbors), descriptors
 
     def calibrate(self, squared: Tensor, indices: Tensor) -> None:
         """Take in what is usual for normal patches, whose nearest centres are given as by :meth:`targets`.
@@ -177,114 +254,19 @@ class CfaModel(nn.Module):
             neighbors = self.memory_bank.index.neighbors(min(_NEIGHBORS, len(self.memory_bank.centers)))
         self.calibration.finish(neighbors, processes.sum)
 
-    def _check_patches(self, pyramid: Sequence[Tensor]) -> None:
-        """Check at the first images, before the long work, that a bank of a given gamma_c would be large enough."""
-        if self.gamma_c is not None:
-            patches = pyramid[0].shape[-2] * pyramid[0].shape[-1]
-            check_neighbors(int(patches / self.gamma_c), self.num_nearest_neighbors, self.num_hard_negative_features)
-
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Extract what the patch descriptor reads of pre-processed images of shape (B, 3, H, W).
-
-        Returns:
-            The pyramid: pooled feature maps of shape (B, C_l, h_l, w_l), finest first.
-
-        Raises:
-            ValueError: If the images are too small for the backbone or for the anomaly map's smoothing.
-        """
-        if not torch.compiler.is_exporting():
-            self._check_view(*images.shape[-2:])
-            images = images.as_subclass(Tensor)  # no image of torchvision's, which compilers do not follow
-        pyramid: list[Tensor] = self.patch_features(images)
-        return pyramid
-
-    def check_image_size(self, height: int, width: int) -> None:
-        """Check, before the long work, that all views of images of height x width pixels can be scored.
-
-        Raises:
-            ValueError: If they are too small for the backbone or for the anomaly map's smoothing, or of a size that the
-                backbone does not take.
-        """
-        self._check_view(height, width)
-        if self.center_view:
-            try:
-                self._check_view(*central_view(torch.empty(height, width, device="meta")).shape)
-            except ValueError as error:
-                msg = f"center_view must be False for images of {height} x {width} pixels: of their centre, {error}"
-                raise ValueError(msg) from error
-
-    def _check_view(self, height: int, width: int) -> None:
-        self.patch_features.check_image_size(height, width)
-        smallest = self.anomaly_map_generator.min_image_size
-        if min(height, width) < smallest:
-            msg = f"images must be at least {smallest} pixels a side, but are {height} x {width}"
-            raise ValueError(msg)
-
-    def describe(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Describe the patches of a pyramid, by descriptors of shape (B, h, w, D)."""
-        descriptors: Tensor = self.descriptor(pyramid)
-        return descriptors
-
     def trained_parameters(self) -> list[Tensor]:
         """What training changes: the patch descriptor and, if it is learned, the radius."""
         return [parameter for parameter in (*self.descriptor.parameters(), self.radius) if parameter.requires_grad]
 
-    def blocks(self, pyramid: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Split a batch into blocks of as many images as are fast to describe at a time, one at least."""
-        finest = pyramid[0]
-        held = _BLOCK_BYTES if finest.device.type == "cpu" else _BLOCK_BYTES_ON_ACCELERATOR
-        images = max(1, held // (4 * self.descriptor.width * finest.shape[-2] * finest.shape[-1]))
-        return map(list, zip(*(level.split(images) for level in pyramid), strict=True))
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all that was learned: descriptor, radius, memory bank and calibration."""
+        self.descriptor.reset(self.seed)
+        self.radius.fill_(self.initial_radius)
+        self.memory_bank.clear()
+        self.calibration.reset(0)
 
-    def targets(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the targets of attraction and repulsion: each patch's K + J nearest centres.
-
-        Returns:
-            Squared distances and indices of these centres, and never of fewer than six if there are as many, as
-            :meth:`~anomalib_cfa.bank.memory_bank.MemoryBank.nearest` gives them; and the patch descriptors, of shape
-            (B, h, w, D).
-        """
-        descriptors = self.describe(pyramid)
-        wanted = max(self.num_nearest_neighbors + self.num_hard_negative_features, _FEWEST_TARGETS)
-        neighbors = min(wanted, len(self.memory_bank.centers))
-        return *self.memory_bank.nearest(descriptors, neighbors), descriptors
-
-    def assign_bank(self, centers: Tensor, sources: Tensor | None = None) -> None:
-        """Set the memory bank's centres, of shape (N, D), and their sources; their calibration starts anew."""
-        self.memory_bank.assign(centers.to(self.descriptor.weight), sources)
-        self.calibration.reset(len(centers))
-
-    def patch_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
-        """Score each patch.
-
-        Raises:
-            ValueError: If a distance is not finite.
-        """
-        if torch.compiler.is_exporting():
-            return self._block_scores(pyramid)
-        scores = PatchScores(*map(torch.cat, zip(*map(self._block_scores, self.blocks(pyramid)), strict=True)))
-        if not torch.isfinite(scores.of_map).all():
-            msg = "The images must hold finite values only, but lead to nan or infinite distances"
-            raise ValueError(msg)
-        return scores
-
-    @property
-    def scored_neighbors(self) -> int:
-        """How many of a patch's nearest centres its score depends on."""
-        return self.num_nearest_neighbors if self.score == "softmin" else 1
-
-    def _block_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
-        return self.score_distances(*self.memory_bank.nearest(self.describe(pyramid).detach(), self.scored_neighbors))
-
-    def score_distances(self, squared: Tensor, indices: Tensor) -> PatchScores:
-        """Score patches as :meth:`patch_scores` does, by what the bank finds for :attr:`scored_neighbors` centres."""
-        distances = squared.sqrt()
-        # Flattened, not indexed: see anomalib_cfa.export.openvino.
-        nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
-        if self.score in {"softmin", "nearest"}:
-            return PatchScores(nearest, nearest)
-        calibrated: Tensor = self.calibration(nearest, indices[..., 0])
-        return PatchScores(nearest if self.score == "local" else calibrated, calibrated)
+    # Images -> predictions.
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict.
@@ -305,15 +287,48 @@ class CfaModel(nn.Module):
             raise RuntimeError(msg)
         maps = self._maps(images)
         if self.center_view:
-            central = self._maps(central_view(images))
-            maps = [average_views(whole, center) for whole, center in zip(maps, central, strict=True)]
-        return InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
+            maps = Maps(*map(average_views, maps, self._maps(central_view(images))))
+        return maps.predictions()
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def _maps(self, images: Tensor) -> Maps:
         return self.smooth(self.patch_scores(self.pyramid(images)), images.shape[-2:])
 
-    def smooth(self, patch_scores: PatchScores, image_size: Sequence[int]) -> list[Tensor]:
-        """Make the anomaly map of shape (B, H, W) and, where the image's score has a map of its own, that one."""
+    def patch_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
+        """Score each patch.
+
+        Raises:
+            ValueError: If a distance is not finite.
+        """
+        if torch.compiler.is_exporting():
+            return self._block_scores(pyramid)
+        scores = PatchScores(*map(torch.cat, zip(*map(self._block_scores, self.blocks(pyramid)), strict=True)))
+        if not torch.isfinite(scores.of_map).all():
+            msg = "The images must hold finite values only, but lead to nan or infinite distances"
+            raise ValueError(msg)
+        return scores
+
+    def _block_scores(self, pyramid: Sequence[Tensor]) -> PatchScores:
+        return self.score_distances(*self.memory_bank.nearest(self.describe(pyramid).detach(), self.scored_neighbors))
+
+    @property
+    def scored_neighbors(self) -> int:
+        """How many of a patch's nearest centres its score depends on."""
+        return self.num_nearest_neighbors if self.score == "softmin" else 1
+
+    def score_distances(self, squared: Tensor, indices: Tensor) -> PatchScores:
+        """Score patches as :meth:`patch_scores` does, by what the bank finds for :attr:`scored_neighbors` centres."""
+        distances = squared.sqrt()
+        # Flattened, not indexed: see anomalib_cfa.export.openvino.
+        nearest: Tensor = softmin_scores(distances) if self.score == "softmin" else distances.flatten(2)
+        if self.score in {"softmin", "nearest"}:
+            return PatchScores(nearest, nearest)
+        calibrated: Tensor = self.calibration(nearest, indices[..., 0])
+        return PatchScores(nearest if self.score == "local" else calibrated, calibrated)
+
+    def smooth(self, patch_scores: PatchScores, image_size: Sequence[int]) -> Maps:
+        """Bring patch scores to the image's size, height x width, and smooth them."""
         height, width = image_size
-        chosen = patch_scores if self.score == "local" else patch_scores[:1]
-        return [self.anomaly_map_generator(scores, (height, width)) for scores in chosen]
+        shown = self.anomaly_map_generator(patch_scores.of_map, (height, width))
+        if self.score != "local":
+            return Maps(shown, shown)
+        return Maps(shown, self.anomaly_map_generator(patch_scores.of_image, (height, width)))

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.processes import Processes
 
 _PATCHES_PER_IMAGE = 64
 _SHRINKAGE = 0.01  # of the mean variance, added to each: directions of tiny variance are mostly rounding

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_cfa.descriptor import PatchDescriptor
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.processes import Processes
 from anomalib_cfa.whitening import PatchStatistics, whitening
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from anomalib_cfa.bank.k_means import k_means
 from anomalib_cfa.bank.sample import PatchSample
 from anomalib_cfa.bank.search import CenterIndex
-from anomalib_cfa.training.processes import ALONE, Processes
+from anomalib_cfa.processes import ALONE, Processes
 
 _CENTERS = 16384  # if gamma_c is not given
 _PATCHES_PER_CENTER = 8  # in the sample for K-means

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.processes import Processes
 
 _MOST_BYTES = 512 * 2**20
 

@@ -37,7 +37,7 @@ from anomalib_cfa.training.loaders import (
     renew_if_treated_otherwise,
     training_loader,
 )
-from anomalib_cfa.training.shards import bank_images, shard_loader
+from anomalib_cfa.training.shards import bank_places, shard_loader
 
 if TYPE_CHECKING:
     from anomalib_cfa.lightning_model import Cfa
@@ -53,7 +53,7 @@ class TrainingFeatures:
         self.module = module
         self.store: FeatureStore | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the images read last, in pixels
-        self._bank_images: list[int] | None = None
+        self._bank_places: list[int] | None = None
         self._has_begun = False
         self._attributes: dict[str, Any] = {}  # the data module's
         self._own: Any = None  # the loader's among them, if it is not the class's method
@@ -93,9 +93,9 @@ class TrainingFeatures:
 
     def _places(self) -> list[int]:
         """Places of those images in the data set, the same throughout a fit."""
-        if self._bank_images is None:
-            self._bank_images = bank_images(self.module.trainer)
-        return self._bank_images
+        if self._bank_places is None:
+            self._bank_places = bank_places(self.module.trainer)
+        return self._bank_places
 
     def start_epoch(self) -> None:
         """Notice if the images are no longer treated as when their features were kept."""

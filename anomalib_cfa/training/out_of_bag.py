@@ -7,8 +7,8 @@ from anomalib.data import InferenceBatch
 from torch import Tensor
 
 from anomalib_cfa.bank.distances import block_rows
+from anomalib_cfa.processes import Processes
 from anomalib_cfa.torch_model import CfaModel, PatchScores
-from anomalib_cfa.training.processes import Processes
 from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
 
 _NOBODY, _UNKNOWN = -1, -2  # in place of an image: the centre belongs to none, the image is not listed
@@ -26,7 +26,7 @@ class OutOfBagScores:
 
     Args:
         model: The network, with its memory bank.
-        bank_images: Paths of the images that the memory bank came from, to which its sources refer.
+        bank_paths: Paths of the images that the memory bank came from, to which its sources refer.
         images: Paths of the images that are trained on.
 
     Attributes:
@@ -34,25 +34,25 @@ class OutOfBagScores:
             another place, and their scores would be far too low.
     """
 
-    def __init__(self, model: CfaModel, bank_images: Sequence[str], images: Sequence[str]) -> None:
+    def __init__(self, model: CfaModel, bank_paths: Sequence[str], images: Sequence[str]) -> None:
         self._model = model
         self._images = images
         # By path: a data set may hold an image twice.
         self._places = {path: place for place, path in enumerate(images)}
-        self._owners = self._owners_of(bank_images)
+        self._owners = self._owners_of(bank_paths)
         self.knows_owners = not len(model.memory_bank.sources) or bool((self._owners != _NOBODY).any())
         self._scores = torch.full((len(images),), torch.nan)
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []  # places, squared distances and indices of some images
         self._coming: list[int] = []
         self._image_size = (0, 0)
 
-    def _owners_of(self, bank_images: Sequence[str]) -> Tensor:
+    def _owners_of(self, bank_paths: Sequence[str]) -> Tensor:
         """Each centre's image, as its place among those trained on, of shape (N,); others where it is none of them."""
         bank = self._model.memory_bank
         owners = torch.full((len(bank.centers),), _NOBODY, device=bank.centers.device)
         numbers = bank.sources[:, 0].long()
-        if len(numbers) == len(owners) and int(numbers.min()) >= 0 and int(numbers.max()) < len(bank_images):
-            places = [self._places.get(path, _NOBODY) for path in bank_images]
+        if len(numbers) == len(owners) and int(numbers.min()) >= 0 and int(numbers.max()) < len(bank_paths):
+            places = [self._places.get(path, _NOBODY) for path in bank_paths]
             owners = torch.tensor(places, device=owners.device)[numbers]
         return owners
 
@@ -89,8 +89,7 @@ class OutOfBagScores:
         """
         for _, of_map, of_image in self._patch_scores():
             scored = of_map.flatten(1).isfinite().all(dim=1)
-            maps = self._model.smooth(PatchScores(of_map[scored], of_image[scored]), self._image_size)
-            yield InferenceBatch(pred_score=maps[-1].amax(dim=(-2, -1)), anomaly_map=maps[0])
+            yield self._model.smooth(PatchScores(of_map[scored], of_image[scored]), self._image_size).predictions()
 
     def _patch_scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Places of images, and the scores of their patches for the map and for the image."""

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 
-def bank_images(trainer: Trainer) -> list[int]:
+def bank_places(trainer: Trainer) -> list[int]:
     """Places in the data set of the images that training draws: each once, in the data set's order.
 
     A sampler of the user's own is asked once. Where the trainer limits training batches, they are the first epoch's.

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from anomalib_cfa.bank.builders import EmaBank, KMeansBank, MeanBank
 from anomalib_cfa.bank.sample import PatchSample
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.processes import Processes
 
 
 def images(count: int, height: int = 4, width: int = 5, channels: int = 6, seed: int = 0) -> torch.Tensor:

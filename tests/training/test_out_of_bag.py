@@ -4,7 +4,7 @@ import torch
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
-from anomalib_cfa.training.processes import Processes
+from anomalib_cfa.processes import Processes
 
 
 def network(score="nearest", centers=60):
@@ -50,13 +50,13 @@ def test_an_image_that_a_data_set_holds_twice_is_not_fitted_by_its_copy():
 
 
 @pytest.mark.parametrize(
-    ("bank_images", "batch"),
+    ("bank_paths", "batch"),
     [([], ["a"]), (["x", "y", "z"], ["a"]), (["a"], ["a"])],
     ids=["the bank's images are not known", "the bank is of other images", "sources beyond the images"],
 )
-def test_where_no_centre_is_known_to_be_its_own_all_count(bank_images, batch):
+def test_where_no_centre_is_known_to_be_its_own_all_count(bank_paths, batch):
     model = network()
-    scores, patches = OutOfBagScores(model, bank_images, ["a", "b"]), patches_of(model, 1)
+    scores, patches = OutOfBagScores(model, bank_paths, ["a", "b"]), patches_of(model, 1)
     scores.start_batch(batch, (32, 32))
     scores.update(*model.memory_bank.nearest(patches, 6), patches)
     expected = torch.cdist(patches.flatten(0, 2), model.memory_bank.centers).amin(dim=1).amax()
@@ -108,8 +108,8 @@ def test_predictions_are_what_the_model_says_of_new_images_once_it_is_calibrated
     nearest = model.memory_bank.nearest(patches, model.scored_neighbors)
     maps = model.smooth(model.score_distances(*nearest), (32, 32))
     (predictions,) = scores.predictions()
-    torch.testing.assert_close(predictions.anomaly_map, maps[0])
-    torch.testing.assert_close(predictions.pred_score, maps[-1].amax(dim=(1, 2)))
+    torch.testing.assert_close(predictions.anomaly_map, maps.shown)
+    torch.testing.assert_close(predictions.pred_score, maps.of_image.amax(dim=(1, 2)))
 
 
 def test_a_single_image_is_not_predicted():
