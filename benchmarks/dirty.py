@@ -26,8 +26,8 @@ from harness.metrics import METRICS
 from harness.models import CFA, PADIM, PATCHCORE_1
 from lightning.pytorch import seed_everything
 
-from anomalib_cfa.training.features import TrainingFeatures
 from anomalib_cfa.processes import Processes
+from anomalib_cfa.training.features import TrainingFeatures
 
 AS_TYPED = "as typed"
 WITHOUT_NAMED = "fitted again without the images it names"

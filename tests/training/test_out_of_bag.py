@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from anomalib_cfa.features import PatchFeatures
+from anomalib_cfa.processes import Processes
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
-from anomalib_cfa.processes import Processes
 
 
 def network(score="nearest", centers=60):
