@@ -1,5 +1,6 @@
 """Exports take images of any size, in memory that does not grow with the sizes seen."""
 
+import copy
 import gc
 from itertools import product
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from anomalib.pre_processing import PreProcessor
-from exporting import fitted, tiny
 from soak import count
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms import InterpolationMode, v2
@@ -59,25 +59,25 @@ def test_strips_add_up_to_the_resize(precision, tmp_path):
         torch.testing.assert_close(torch.from_numpy(compiled(image.numpy())["resized"]), expected, rtol=0, atol=2e-5)
 
 
-def in_openvino(model, folder):
+def in_openvino(request):
     openvino = pytest.importorskip("openvino")
-    return openvino.Core().compile_model(model.to_openvino(folder), "CPU")
+    return openvino.Core().compile_model(request.getfixturevalue("openvino_path"), "CPU")
 
 
-def in_onnx_runtime(model, folder):
+def in_onnx_runtime(request):
     onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(model.to_onnx(folder))
+    session = onnxruntime.InferenceSession(request.getfixturevalue("onnx_path"))
     return lambda image: session.run(None, {"input": image})
 
 
-def in_pytorch(model, folder):
-    model.eval()
+def in_pytorch(request):
+    model = copy.deepcopy(request.getfixturevalue("model")).eval()
     return torch.no_grad()(lambda image: model(torch.from_numpy(image)))
 
 
 @pytest.mark.parametrize("runtime", [in_openvino, in_onnx_runtime, in_pytorch])
-def test_memory_does_not_grow_with_the_sizes_seen(runtime, tmp_path, resident_bytes):
-    predict = runtime(fitted(tiny()), tmp_path)
+def test_memory_does_not_grow_with_the_sizes_seen(runtime, request, resident_bytes):
+    predict = runtime(request)
     sizes = list(product(range(20, 420, 4), repeat=2))
     np.random.default_rng(0).shuffle(sizes)
 

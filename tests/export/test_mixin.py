@@ -1,6 +1,3 @@
-import logging
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,69 +20,14 @@ from anomalib_cfa.export.openvino import operations
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
-TWO_LABELS = [torch.rand(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)]  # the threshold lies between their scores
 OTHER_SIZE = (50, 40)
 IMAGE_SIZES = [(32, 48), (64, 96), (128, 192), (256, 384), (77, 301)]  # 0.5, 1, 2 and 4 times the model's, and odd
-
-
-# An export is most of the work here: the same model is exported once to each format, for all tests.
-@pytest.fixture(scope="module")
-def model() -> Cfa:
-    """A model whose bank is searched in two levels; smaller ones are ranked whole."""
-    model = fitted(tiny(), images=28)
-    assert model.model.memory_bank.index.has_two_levels
-    with torch.no_grad():
-        raw = torch.cat([model.model(model.pre_processor(image)).pred_score for image in TWO_LABELS])
-    post_processor, between = model.post_processor, raw.max() - raw.min()
-    post_processor._image_threshold.copy_(raw.mean())
-    post_processor.image_min.copy_(raw.min() - between)
-    post_processor.image_max.copy_(raw.max() + between)
-    return model
-
-
-@pytest.fixture(scope="module")
-def exporters_log() -> list[logging.LogRecord]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def onnx_path(model, exporters_log, tmp_path_factory) -> Path:
-    root, handler = logging.getLogger(), logging.Handler()
-    handler.emit, level = exporters_log.append, root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        return model.to_onnx(tmp_path_factory.mktemp("onnx"))
-    finally:
-        root.setLevel(level)
-        root.removeHandler(handler)
-
-
-@pytest.fixture(scope="module")
-def onnx_once(tmp_path_factory) -> Callable[..., Path]:
-    """Stands in for ``to_onnx``, and exports one model at one input size once."""
-    export, files = Cfa.to_onnx, {}
-
-    def to_onnx(self, export_root, model_file_name="model", input_size=None):
-        if (self, input_size) not in files:
-            files[self, input_size] = export(self, tmp_path_factory.mktemp("once"), input_size=input_size)
-        export_root.mkdir()
-        return shutil.copy(files[self, input_size], export_root / f"{model_file_name}.onnx")
-
-    return to_onnx
 
 
 @pytest.fixture
 def exported_once(onnx_once, monkeypatch) -> None:
     """Lets OpenVINO exports of one model start from one ONNX file, where a test is of what follows."""
     monkeypatch.setattr(Cfa, "to_onnx", onnx_once)
-
-
-@pytest.fixture(scope="module")
-def openvino_path(model, onnx_once, tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cfa, "to_onnx", onnx_once)
-        return model.to_openvino(tmp_path_factory.mktemp("openvino"))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -223,9 +165,9 @@ def test_inferencers_read_an_image_file(model, openvino_path, tmp_path, monkeypa
         assert_agree(ours, expected)
 
 
-def test_thresholds_and_normalization_survive(model, openvino_path):
+def test_thresholds_and_normalization_survive(model, openvino_path, two_labels):
     labels = set()
-    for image in TWO_LABELS:
+    for image in two_labels:
         ours, expected = run_openvino(openvino_path, image), predict(model, image)
         assert bool(ours["pred_label"][0]) == bool(expected["pred_label"][0])
         assert_agree(ours, expected)
