@@ -20,10 +20,6 @@ Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words, and whether one is that."""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -34,24 +30,22 @@ def _is_text(value: object) -> bool:
 
 def _is_size(value: object) -> bool:
     sides = value if isinstance(value, list | tuple) else [value, value]
-    return len(sides) == 2 and all(_is_integer(side, 1) for side in sides)
+    return value is None or (len(sides) == 2 and all(_is_integer(side, 1) for side in sides))
 
 
 def _are_different_names(value: object) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_text, value)) and 0 < len(value) == len(set(value))
 
 
-def _integer(least: int) -> Rule:
-    return f"an integer of at least {least}", lambda value: _is_integer(value, least)
-
-
-def _neighbors(least: int) -> Rule:
-    most = 256  # the search compares a patch with about a thousand centres
-    return f"an integer from {least} to {most}", lambda value: _is_integer(value, least) and value <= most
+def _integer(words: str, least: int, most: float = math.inf) -> Rule:
+    return f"an integer {words}", lambda value: _is_integer(value, least) and value <= most
 
 
 def _number(words: str, holds: Callable[[float], bool]) -> Rule:
-    return f"a number {words}", lambda value: _is_number(value) and holds(value)
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    return f"a number {words}", lambda value: is_number(value) and holds(value)
 
 
 def _above_zero(most: int) -> Rule:
@@ -76,17 +70,15 @@ def _or_none(rule: Rule) -> Rule:
 
 
 _FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
-_SIZE: Rule = (
-    "None, a positive integer or a pair of them (height, width)",
-    lambda value: value is None or _is_size(value),
-)
+_SIZE: Rule = ("None, a positive integer or a pair of them (height, width)", _is_size)
+_MOST_NEIGHBORS = 256  # the search compares a patch with about a thousand centres
 
 RULES: dict[str, Rule] = {
     "backbone": ("the name of a timm model", _is_text),
     "gamma_c": _or_none(_number("above 0", lambda value: value > 0)),
-    "gamma_d": _integer(1),
-    "num_nearest_neighbors": _neighbors(1),
-    "num_hard_negative_features": _neighbors(0),
+    "gamma_d": _integer("of at least 1", 1),
+    "num_nearest_neighbors": _integer(f"from 1 to {_MOST_NEIGHBORS}", 1, _MOST_NEIGHBORS),
+    "num_hard_negative_features": _integer(f"from 0 to {_MOST_NEIGHBORS}", 0, _MOST_NEIGHBORS),
     "radius": _from_zero(1000),  # a patch lies at a distance of about 1
     "pre_processor": _component("a torch module such as anomalib's PreProcessor", nn.Module),
     "post_processor": _component("a torch module such as anomalib's PostProcessor", nn.Module),
@@ -105,7 +97,7 @@ RULES: dict[str, Rule] = {
     "score": _choice(SCORES),
     "sigma": _above_zero(1000),
     "center_view": _FLAG,
-    "seed": ("an integer of at least 0 and below 2^31", lambda value: _is_integer(value, 0) and value < 2**31),
+    "seed": _integer("of at least 0 and below 2^31", 0, 2**31 - 1),
     "image_size": _SIZE,
     "center_crop_size": _SIZE,
     "false_alarm_rate": _number("above 0 and below 0.5", lambda value: 0 < value < 0.5),  # at 0.5 a range is empty
@@ -113,7 +105,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_hyperparameters(**hyperparameters: Any) -> None:  # noqa: ANN401
+def check_hyperparameters(**hyperparameters: Any) -> None:
     """Check arguments given by name.
 
     Raises:
@@ -153,7 +145,7 @@ def check_neighbors(centers: int, num_nearest_neighbors: int, num_hard_negative_
         raise ValueError(msg)
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401
+def plain(value: Any) -> Any:
     """A Python number, string or list of what may be NumPy's or OmegaConf's, which no checkpoint may hold."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()

@@ -139,7 +139,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         center_crop_size: list[int] | int | None = None,
         false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE,
         feature_budget: float = 1.0,
-        **old_names: Any,  # noqa: ANN401 - arguments of 0.1.0
+        **old_names: Any,  # arguments of 0.1.0
     ) -> None:
         whitening = from_old_names(**old_names).get("whitening", whitening)
         search = current_search(search)

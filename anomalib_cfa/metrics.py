@@ -28,5 +28,5 @@ class AUROC(metrics.AUROC):
         tensor(1.)
     """
 
-    def __init__(self, fields: Sequence[str], prefix: str = "", strict: bool = True, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, fields: Sequence[str], prefix: str = "", strict: bool = True, **kwargs: Any) -> None:
         super().__init__(fields, prefix, strict, normalization=None, **kwargs)

@@ -37,7 +37,7 @@ class OneClassPostProcessor(PostProcessor):
         ValueError: If the rate is out of its range.
     """
 
-    def __init__(self, false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, false_alarm_rate: float = DEFAULT_FALSE_ALARM_RATE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.false_alarm_rate = plain(false_alarm_rate)
         check_hyperparameters(false_alarm_rate=self.false_alarm_rate)
@@ -107,12 +107,7 @@ class OneClassPostProcessor(PostProcessor):
             high += half_range
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Take in a batch."""
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)

@@ -18,26 +18,22 @@ from anomalib_cfa.resize import ExportableResize
 
 logger = logging.getLogger(__name__)
 
-_KEEP_SHAPE = (
-    v2.ConvertImageDtype,
-    v2.Grayscale,
-    v2.Identity,
-    v2.Normalize,
-    v2.RGB,
-    v2.ToDtype,
-    v2.ToImage,
-    v2.ToPureTensor,
-)
+_CONVERSIONS = (v2.ConvertImageDtype, v2.ToDtype, v2.ToImage, v2.ToPureTensor)
+_KEEP_SHAPE = (*_CONVERSIONS, v2.Grayscale, v2.Identity, v2.Normalize, v2.RGB)
 _SAME = 2e-3  # statistics are published with three digits
 
 
 class SizedCenterCrop(ExportableCenterCrop):
     """Anomalib's crop, whose size an exported graph knows: torch 2.10 does not find it out, and fails."""
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Crop one input: the method that torchvision's transforms override."""
         cropped = super().transform(inpt, params)
         return cropped.reshape(*cropped.shape[:-2], *self.size) if torch.compiler.is_exporting() else cropped
+
+
+_RESHAPE = (ExportableCenterCrop, ExportableResize, SizedCenterCrop, SquarePad, v2.CenterCrop, v2.Pad, v2.Resize)
+_DETERMINISTIC_TRANSFORMS = {*_KEEP_SHAPE, *_RESHAPE, v2.LinearTransformation}
 
 
 def exportable_transform(transform: v2.Transform | None) -> v2.Transform | None:
@@ -179,28 +175,6 @@ def _agree(normalize: v2.Normalize, backbone: Backbone) -> bool:
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-_DETERMINISTIC_TRANSFORMS = frozenset(
-    {
-        ExportableCenterCrop,
-        ExportableResize,
-        SizedCenterCrop,
-        SquarePad,
-        v2.CenterCrop,
-        v2.ConvertImageDtype,
-        v2.Grayscale,
-        v2.Identity,
-        v2.LinearTransformation,
-        v2.Normalize,
-        v2.Pad,
-        v2.RGB,
-        v2.Resize,
-        v2.ToDtype,
-        v2.ToImage,
-        v2.ToPureTensor,
-    }
-)
 
 
 def find_random_part(transform: v2.Transform | None) -> str | None:

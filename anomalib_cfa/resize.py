@@ -131,13 +131,7 @@ class ExportableInterpolation(TorchFunctionMode):
         torch.Size([1, 3, 7, 7])
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Stand in for one call."""
         kwargs = kwargs or {}
         if func is F.interpolate and kwargs.get("antialias"):
@@ -163,7 +157,7 @@ class ExportableResize(v2.Resize):  # type: ignore[misc] # torchvision is not ty
         torch.Size([2, 3, 64, 64])
     """
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize one input: the method that torchvision's transforms override."""
         antialias = bool(self.antialias)
         kernel = _KERNELS.get((self.mode, antialias))

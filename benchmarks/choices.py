@@ -113,7 +113,7 @@ class Curve(Callback):
         self._test(trainer.current_epoch, pl_module)
 
     @torch.no_grad()
-    def _test(self, epoch: int, model: Any) -> None:  # noqa: ANN401 - this package's Cfa
+    def _test(self, epoch: int, model: Any) -> None:
         if epoch not in self.epochs:
             return
         metrics = raw_evaluator(has_masks=self.datamodule.has_masks).test_metrics

@@ -85,14 +85,14 @@ def of_way(task: Task) -> Result:
     return {**_compare(found, expected, labels, masks, task), "whole_s": whole, "backbone_s": backbone, "bytes": bytes_}
 
 
-def _trained(task: Task) -> Any:  # noqa: ANN401 - anomalib's are not typed
+def _trained(task: Task) -> Any:
     """The checkpoint's model; it gives raw scores and maps, before normalization."""
     model = Cfa.load_from_checkpoint(task["ckpt_path"]).eval()
     model.post_processor.enable_normalization = model.post_processor.enable_thresholding = False
     return model
 
 
-def _export(model: Any, task: Task, compression: str | None, images: ImageSet) -> Path | None:  # noqa: ANN401
+def _export(model: Any, task: Task, compression: str | None, images: ImageSet) -> Path | None:
     root = Path(task["work"])
     if task["way"] == "PyTorch":
         return None
@@ -133,16 +133,16 @@ def load(path: Path, precision: str | None, threads: int) -> Predict:
     return lambda images: {output.any_name: value for output, value in request.infer([images]).items()}
 
 
-def _predict_in_pytorch(model: Any) -> Predict:  # noqa: ANN401
+def _predict_in_pytorch(model: Any) -> Predict:
     @torch.inference_mode()
-    def predict(images: Any) -> dict[str, Any]:  # noqa: ANN401 - an array
+    def predict(images: Any) -> dict[str, Any]:
         output = model(torch.as_tensor(images))
         return {"pred_score": output.pred_score.numpy(), "anomaly_map": output.anomaly_map.numpy()}
 
     return predict
 
 
-def _backbone(model: Any, task: Task, path: Path | None, noise: Any) -> Callable[[], object]:  # noqa: ANN401
+def _backbone(model: Any, task: Task, path: Path | None, noise: Any) -> Callable[[], object]:
     """The frozen network alone, in the same runtime, in float32."""
     patch_features, image = model.model.patch_features, torch.from_numpy(noise)
     if path is None:
@@ -164,7 +164,7 @@ def _predictions(
     predict: Predict,
     reference: Predict,
     images: ImageSet,
-    model: Any,  # noqa: ANN401
+    model: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Tensor, Tensor]:
     found, expected, labels, masks = [], [], [], []
     for item in images.test_data:
@@ -178,7 +178,7 @@ def _predictions(
     return found, expected, torch.tensor(labels), torch.stack(masks)
 
 
-def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor, task: Task) -> Result:  # noqa: ANN401
+def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor, task: Task) -> Result:
     scores, wanted_scores = (
         torch.cat([torch.from_numpy(one["pred_score"]).flatten() for one in side]) for side in (found, expected)
     )

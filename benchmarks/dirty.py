@@ -138,7 +138,7 @@ def measure(task: Task) -> Result:
     return result
 
 
-def share_centers(model: Any) -> None:  # noqa: ANN401 - this package's Cfa, whose class is imported late
+def share_centers(model: Any) -> None:  # this package's Cfa, whose class is imported late
     """Let a model drop the centres to which patches of a single image only are nearest, before it is trained."""
     network, build = model.model, model.model.build
 

@@ -71,7 +71,7 @@ def measure(task: Task) -> Result:
     return {**MEASUREMENTS[task["what"]](task), "peak_bytes": peak_memory(task["device"])}
 
 
-def _model(task: Task, **options: Any) -> Any:  # noqa: ANN401 - of anomalib's
+def _model(task: Task, **options: Any) -> Any:
     weights = task["files"].get(task["backbone"])
     model = build_model({"model": CFA, **task, "weights_path": weights, "options": options})
     if hasattr(model.model, "patch_features"):
@@ -86,7 +86,7 @@ def _noise(task: Task, images: int) -> torch.Tensor:
     return (smooth + 0.3 * torch.randn(images, 3, task["size"], task["size"])).to(task["device"])
 
 
-def _pyramids(network: Any, task: Task) -> list[Any]:  # noqa: ANN401 - this package's
+def _pyramids(network: Any, task: Task) -> list[Any]:
     return [network.pyramid(_noise(task, 4)) for _ in range(task["images"] // 4)]
 
 
@@ -140,7 +140,7 @@ def image(task: Task) -> Result:
     return found
 
 
-def _random_bank(network: Any, pyramid: Any, count: int) -> torch.Tensor:  # noqa: ANN401 - this package's
+def _random_bank(network: Any, pyramid: Any, count: int) -> torch.Tensor:
     with torch.no_grad():
         patches = network.describe([level[:4] for level in pyramid]).flatten(0, 2)
         chosen = patches[torch.randint(len(patches), (count,), device=patches.device)]
@@ -189,7 +189,7 @@ def fit(task: Task) -> Result:
     return found
 
 
-def _start_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:  # noqa: ANN401 - this package's
+def _start_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:
     network, learn = model.model, _learner(model)
 
     def losses_of(pyramid: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -203,7 +203,7 @@ def _start_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:  # noq
     return lambda batch: learn(losses_of(network.pyramid(batch)))
 
 
-def _start_anomalib_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:  # noqa: ANN401 - anomalib's
+def _start_anomalib_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:
     network, learn = model.model, _learner(model)
     network.initialize_centroid(data_loader=[SimpleNamespace(image=batch) for batch in batches])
     network.train()
@@ -212,7 +212,7 @@ def _start_anomalib_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainSte
     return lambda batch: learn([model.loss(network(batch))])
 
 
-def _start_patchcore(model: Any, batches: Sequence[torch.Tensor]) -> None:  # noqa: ANN401 - anomalib's
+def _start_patchcore(model: Any, batches: Sequence[torch.Tensor]) -> None:
     model.model.train()
     for batch in batches:
         model.model(batch)
@@ -223,7 +223,7 @@ _START = {CFA: _start_cfa, ANOMALIB_CFA: _start_anomalib_cfa, PATCHCORE_1: _star
 """Each fits a model, and returns its training step from images on, if it has one."""
 
 
-def _learner(model: Any) -> Callable[[Iterable[torch.Tensor]], None]:  # noqa: ANN401 - either Cfa
+def _learner(model: Any) -> Callable[[Iterable[torch.Tensor]], None]:
     optimizer = model.configure_optimizers()
 
     def learn(losses: Iterable[torch.Tensor]) -> None:
@@ -318,7 +318,7 @@ def _rivals(runs: Sequence[Run]) -> str:
     return markdown_table(["", "this package", "the other", "ratio"], lines) if lines else ""
 
 
-def draw(runs: Sequence[Run], path: Any) -> None:  # noqa: ANN401 - a path
+def draw(runs: Sequence[Run], path: Any) -> None:
     """Draw how the time for one image, after the backbone, grows with the bank."""
     chart = Figure(figsize=(6, 4), layout="constrained")
     axes = chart.add_subplot()

@@ -29,7 +29,7 @@ def block_rows(like: Tensor, columns: int) -> int:
 
 class _SquaredDistances(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, vectors: Tensor, indices: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(queries, vectors, indices)
         if queries.device.type == "cpu":
             queries, vectors, indices = (tensor.contiguous() for tensor in (queries, vectors, indices))
@@ -47,7 +47,7 @@ class _SquaredDistances(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # d/dq of g_k |q - v_k|^2, summed over k, is 2 (q sum_k g_k - sum_k g_k v_k).
         queries, vectors, indices = ctx.saved_tensors
         pull = F.embedding_bag(indices, vectors, per_sample_weights=grad, mode="sum")

@@ -105,13 +105,13 @@ class MemoryBank(DynamicBufferMixin):
         first = elsewhere.byte().argmax(dim=-1, keepdim=True)
         return squared.gather(-1, first)[..., 0], indices.gather(-1, first)[..., 0]
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":  # noqa: ANN401
+    def _apply(self, *args: Any, **kwargs: Any) -> "MemoryBank":
         # To another device or precision: the index is rebuilt there, always in float32.
         self._index = self._indexed = None
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.setdefault(f"{prefix}sources", self.sources.new_empty(0, 3))  # 0.1.0 has none
         self.clear()  # what was built may lie in storage that cannot be resized
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,25 +12,15 @@ from anomalib_cfa.benchmark.spec import JobSpec
 
 @dataclass(frozen=True)
 class Case:
-    """The defective or normal image that the model did best or worst on.
+    """The defective or normal image that the model did best or worst on."""
 
-    Attributes:
-        kind: ``"best"`` or ``"worst"``.
-        image: The image's folder and name.
-        is_defective: The ground truth label.
-        score: The image's score, before normalization.
-        threshold: Images with a score above it are called defective.
-        margin: How far the score lies on the right side of the threshold; negative: on the wrong side.
-        picture: Path of the picture, in the run's folder.
-    """
-
-    kind: str
-    image: str
-    is_defective: bool
-    score: float
-    threshold: float
-    margin: float
-    picture: str
+    kind: str  # ``"best"`` or ``"worst"``
+    image: str  # the image's folder and name
+    is_defective: bool  # the ground truth label
+    score: float  # the image's score, before normalization
+    threshold: float  # images with a score above it are called defective
+    margin: float  # how far the score lies on the right side of the threshold; negative: on the wrong side
+    picture: str  # path of the picture, in the run's folder
 
 
 @dataclass(frozen=True)
@@ -49,33 +38,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result(Outcome):
-    """What a finished job measured, and under which conditions.
+    """What a finished job measured, and under which conditions."""
 
-    Attributes:
-        metrics: Test metrics by anomalib's names; None in place of nan.
-        seconds: Wall time of ``fit``, with the memory bank and a last validation, and of ``test``.
-        peak_memory: Bytes: ``host``, resident in the process, None where it is unknown; ``device``.
-        images: Numbers of ``train`` and ``test`` images.
-        epochs: Number of epochs trained.
-        threshold_from: The split whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``.
-        weights: The backbone's weights.
-        versions: Of Python and the packages.
-        machine: The machine it ran on.
-        finished: Time, in ISO format.
-        cases: The best and worst cases.
-    """
-
-    metrics: dict[str, float | None]
-    seconds: dict[str, float]
-    peak_memory: dict[str, int | None]
-    images: dict[str, int]
-    epochs: int
-    threshold_from: str
-    weights: str
-    versions: dict[str, str]
-    machine: dict[str, str]
-    finished: str
-    cases: list[Case]
+    metrics: dict[str, float | None]  # test metrics by anomalib's names; None in place of nan
+    seconds: dict[str, float]  # wall time of ``fit``, with the memory bank and a last validation, and of ``test``
+    peak_memory: dict[str, int | None]  # bytes: ``host``, resident in the process, None where it is unknown; ``device``
+    images: dict[str, int]  # numbers of ``train`` and ``test`` images
+    epochs: int  # number of epochs trained
+    threshold_from: str  # the split whose labels chose the thresholds: ``"test"``, ``"validation"`` or ``"none"``
+    weights: str  # the backbone's weights
+    versions: dict[str, str]  # of Python and the packages
+    machine: dict[str, str]  # the machine it ran on
+    finished: str  # time, in ISO format
+    cases: list[Case]  # the best and worst cases
 
 
 @dataclass(frozen=True)
@@ -106,10 +81,6 @@ class RunFolder:
         """Whether a job is finished or has failed."""
         return self.has_result(key) or self._file("failures", key).is_file()
 
-    def cases(self, key: str) -> Path:
-        """Folder for a job's pictures."""
-        return self.root / "cases" / key
-
     def inspection(self, key: str) -> Path:
         """A job's page on which to judge its model; there is none where the model or its images do not allow it."""
         return self.root / "inspections" / f"{key}.html"
@@ -136,10 +107,6 @@ class RunFolder:
     def forget_failure(self, key: str) -> None:
         """Let a job that failed be tried again."""
         self._file("failures", key).unlink(missing_ok=True)
-
-    def clear_work(self) -> None:
-        """Remove the working files of jobs, which an interrupted run leaves behind."""
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _file(self, kind: str, key: str) -> Path:
         return self.root / kind / f"{key}.json"

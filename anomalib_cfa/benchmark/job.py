@@ -84,8 +84,6 @@ class Job(BenchmarkJob):
     def __init__(self, spec: JobSpec, folder: RunFolder, title: str, number: int = 1, total: int = 1) -> None:
         # Not the parent's constructor, which wants a model and data that are already built.
         self.accelerator = spec.accelerator
-        self.seed = spec.seed
-        self.flat_cfg = flatten_dict(spec.config)
         self.spec = spec
         self.folder = folder
         self.title = title
@@ -112,7 +110,7 @@ class Job(BenchmarkJob):
         figures = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items() if value is not None)
         print(f"{self.title}: {figures}, fit in {result.seconds['fit']:.0f} s", flush=True)
         durations = {f"{stage}_duration": seconds for stage, seconds in result.seconds.items()}
-        return {"accelerator": self.accelerator, **durations, **self.flat_cfg, **result.metrics}
+        return {"accelerator": self.accelerator, **durations, **flatten_dict(self.spec.config), **result.metrics}
 
     def fail(self, reason: str, details: str = "") -> None:
         """Save that the job failed, and why."""
@@ -151,7 +149,7 @@ class Job(BenchmarkJob):
             versions=versions(),
             machine=machine(self.accelerator),
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            cases=keeper.draw(self.folder.cases(self.spec.key), self.folder.root),
+            cases=keeper.draw(self.folder.root / "cases" / self.spec.key, self.folder.root),
         )
 
     def _inspect(self, model: AnomalibModule, datamodule: AnomalibDataModule, device: str) -> None:

@@ -140,7 +140,7 @@ class Benchmark(AnomalibBenchmark):
         folder.root.mkdir(parents=True, exist_ok=True)
         if Path(args.config).resolve() != folder.config.resolve():
             shutil.copyfile(args.config, folder.config)
-        folder.clear_work()
+        shutil.rmtree(folder.work, ignore_errors=True)  # an interrupted run's
         for key in keys:
             folder.forget_failure(key)
         done = sum(folder.has_result(key) for key in keys)
@@ -149,7 +149,7 @@ class Benchmark(AnomalibBenchmark):
         for runner in runners:
             with suppress(SerialExecutionError):  # listed below, with the reasons
                 runner.run(config["benchmark"])
-        folder.clear_work()
+        shutil.rmtree(folder.work, ignore_errors=True)
         self.failures = [failure for failure in folder.failures() if failure.spec.key in keys]
         print(f"\n{len(keys) - len(self.failures)} of {len(keys)} jobs are done, {len(self.failures)} failed")
         for failure in self.failures:

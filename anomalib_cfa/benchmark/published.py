@@ -15,14 +15,8 @@ SOURCES = {
 }
 """Where the figures come from and what they mean."""
 
-PUBLISHED = {
-    "paper image AUROC": "paper",
-    "paper pixel AUROC": "paper",
-    "anomalib image AUROC": "anomalib",
-    "anomalib pixel AUROC": "anomalib",
-    "anomalib AUPRO": "anomalib",
-}
-"""Columns of published figures, and the source of each."""
+PUBLISHED = ("paper image AUROC", "paper pixel AUROC", "anomalib image AUROC", "anomalib pixel AUROC", "anomalib AUPRO")
+"""Columns of published figures: the source of each, and the metric."""
 
 
 @cache
@@ -58,7 +52,7 @@ def published_figures(spec: JobSpec) -> dict[str, float]:
     settings = {"paper": ("R", "R+C") if shown == "CFA++" else (shown,), "anomalib": (backbone,)}
     row = table.loc[spec.category]
     figures = {}
-    for column, source in PUBLISHED.items():
-        metric = column.removeprefix(f"{source} ")
+    for column in PUBLISHED:
+        source, _, metric = column.partition(" ")
         figures[column] = max(row.get(f"{source} {setting} {metric}", float("nan")) for setting in settings[source])
     return figures

@@ -89,7 +89,7 @@ def _notes(results: Sequence[Result], summary: pd.DataFrame) -> str:
         "fit: wall time of training, including memory bank and one validation; test: of testing, including metrics.",
         "host: peak resident memory of the process.",
     ]
-    shown = {source for column, source in PUBLISHED.items() if summary[column].notna().any()}
+    shown = {column.partition(" ")[0] for column in PUBLISHED if summary[column].notna().any()}
     notes += [f"{note}." for source, note in SOURCES.items() if source in shown]
     if not all(is_mvtec_ad(result.spec, result.images["test"]) for result in results):
         notes.append(

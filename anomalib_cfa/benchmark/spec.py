@@ -15,15 +15,10 @@ _SECTIONS = ("seed", "model", "data")
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One point of a benchmark's grid.
+    """One point of a benchmark's grid."""
 
-    Attributes:
-        accelerator: ``"cpu"`` or ``"cuda"``.
-        config: The ``benchmark`` section of the file with one value for each grid: ``seed``, ``model``, ``data``, and
-            optionally ``trainer``.
-    """
-
-    accelerator: str
+    accelerator: str  # ``"cpu"`` or ``"cuda"``
+    # The file's ``benchmark`` with one value for each grid: ``seed``, ``model``, ``data``, perhaps ``trainer``.
     config: dict[str, Any]
 
     @property

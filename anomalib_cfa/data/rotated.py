@@ -54,7 +54,7 @@ class RotatedMVTecAD(MVTecAD):
         image_size: int = 256,
         crop_size: int = 224,
         seed: int = 0,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         pose = RandomPose(degrees, image_size, crop_size)
         super().__init__(root, category, augmentations=pose, seed=seed, **kwargs)

@@ -9,15 +9,10 @@ from anomalib_cfa.demo.camera import Field, Mask, Picture, blend, grid, noise, s
 
 @dataclass(frozen=True)
 class Scene:
-    """What lies before the camera.
+    """What lies before the camera."""
 
-    Attributes:
-        picture: RGB in [0, 1], float32 of shape (size, size, 3).
-        surface: Where the object is and a defect may be, bool of shape (size, size).
-    """
-
-    picture: Picture
-    surface: Mask
+    picture: Picture  # RGB in [0, 1], float32 of shape (size, size, 3)
+    surface: Mask  # where the object is and a defect may be, bool of shape (size, size)
 
 
 def tile(rng: np.random.Generator, size: int) -> Scene:

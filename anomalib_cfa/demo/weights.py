@@ -15,17 +15,11 @@ EFFICIENTNET_LITE0 = "tf_efficientnet_lite0.in1k"
 
 
 class Weights(NamedTuple):
-    """A backbone and its weights.
+    """A backbone and its weights."""
 
-    Attributes:
-        backbone: timm's name, with its tag.
-        path: File of its ImageNet weights; None for random ones.
-        note: What to tell the user about them.
-    """
-
-    backbone: str
-    path: Path | None
-    note: str
+    backbone: str  # timm's name, with its tag
+    path: Path | None  # file of its ImageNet weights; None for random ones
+    note: str  # what to tell the user about them
 
 
 def find_weights(folder: Path, weights_path: Path | None = None) -> Weights:

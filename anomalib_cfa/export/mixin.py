@@ -24,13 +24,14 @@ _ONNX_OPSET = 18  # anomalib asks for 14, which the exporter fails to convert to
 _SINGLE_FILE_BYTES = 1.5 * 2**30  # an ONNX file itself holds no more than 2 GiB
 
 
-class CfaExport(ExportMixin):
+class CfaExport(ExportMixin, nn.Module):
     """Anomalib's exports, of a fitted model only, that put a file in place only once it is whole.
 
     The model is left as it was, able to train on, and one format's export has no effect on another's.
     """
 
     pre_processor: nn.Module | None
+    post_processor: nn.Module | None
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export to a torch file: anomalib's pickle of the whole module.
@@ -57,7 +58,7 @@ class CfaExport(ExportMixin):
         export_root: Path | str,
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ANN401 - passed on to torch.onnx.export
+        **kwargs: Any,  # passed on to torch.onnx.export
     ) -> Path:
         """Export to ONNX, pre- and post-processing included.
 
@@ -80,7 +81,6 @@ class CfaExport(ExportMixin):
             ExportableInterpolation(),
             _quiet_exporter(),
         ):
-            assert isinstance(self, nn.Module)
             self._warn_without_threshold()
             size = sum(tensor.nbytes for tensor in self.state_dict().values())
             options = {"opset_version": _ONNX_OPSET, "external_data": size > _SINGLE_FILE_BYTES, "verbose": False}
@@ -162,7 +162,7 @@ class CfaExport(ExportMixin):
             return folder / path.name
 
     def _warn_without_threshold(self) -> None:  # once: OpenVINO's export goes through ONNX
-        warn_without_threshold(getattr(self, "post_processor", None))
+        warn_without_threshold(self.post_processor)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -173,7 +173,6 @@ class CfaExport(ExportMixin):
             raise RuntimeError(msg)
         make_exportable(self.pre_processor)
         assert model.memory_bank.index  # built now: a graph cannot build it
-        assert isinstance(self, nn.Module)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:

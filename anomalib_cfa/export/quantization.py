@@ -112,7 +112,7 @@ def compress(
 class _Images:
     """Images of a data set as an exported model takes them, in batches of the size that it takes."""
 
-    def __init__(self, dataset: AnomalibDataset, shape: Any, transform: Transform | None = None) -> None:  # noqa: ANN401
+    def __init__(self, dataset: AnomalibDataset, shape: Any, transform: Transform | None = None) -> None:
         self.dataset = dataset
         self.shape = shape
         self.transform = transform
@@ -157,7 +157,7 @@ def _with_defects(normal: AnomalibDataset, seed: int) -> SyntheticAnomalyDataset
         return SyntheticAnomalyDataset.from_dataset(normal)
 
 
-def _evaluate(compiled: Any, batches: Iterable[ImageBatch], metric: Metric | None) -> float:  # noqa: ANN401
+def _evaluate(compiled: Any, batches: Iterable[ImageBatch], metric: Metric | None) -> float:
     """Evaluate a compiled model by a metric, or by the mean of image and pixel AUROC."""
     metrics = [metric] if metric is not None else [AUROC(_IMAGE_FIELDS), AUROC(_PIXEL_FIELDS, strict=False)]
     stride = 1 if metric is not None else _PIXEL_STRIDE

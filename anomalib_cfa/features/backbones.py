@@ -26,27 +26,16 @@ _EFFICIENTNET_B5_LAYERS = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone as the authors' code reads it.
+    """A backbone as the authors' code reads it."""
 
-    Attributes:
-        name: timm's name, with the tag of its weights.
-        has_weights: Whether timm has pre-trained weights for it.
-        layers: The layers that the authors read; None where :func:`default_layers` chooses them.
-        divide_by_channels: Whether each level is divided by its number of channels.
-        width_multiplier: What the descriptor's width is multiplied with.
-        mean: What the weights were trained to have subtracted from an image's channels, in [0, 1].
-        std: What they were trained to have them divided by after that.
-        is_of_one_size: Whether the network is built for images of one size.
-    """
-
-    name: str
-    has_weights: bool
-    layers: tuple[str, ...] | None = None
-    divide_by_channels: bool = False
-    width_multiplier: int = 1
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    name: str  # timm's name, with the tag of its weights
+    has_weights: bool  # whether timm has pre-trained weights for it
+    layers: tuple[str, ...] | None = None  # that the authors read; None where :func:`default_layers` chooses
+    divide_by_channels: bool = False  # whether each level is divided by its number of channels
+    width_multiplier: int = 1  # of the descriptor
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of images with channels in [0, 1], as in the weights' training
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    is_of_one_size: bool = False
+    is_of_one_size: bool = False  # whether the network is built for images of one size
 
 
 def find_backbone(name: str) -> Backbone:

@@ -55,7 +55,7 @@ class _Uses(TorchDispatchMode):
         self.count: Counter[int] = Counter()
         self._seen: list[Any] = []  # kept, so that no other tensor has the number of one of them
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         self.count.update(tensors.keys())
         self._seen += tensors.values()

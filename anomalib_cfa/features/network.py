@@ -16,10 +16,7 @@ from anomalib_cfa.features.same_padding import replace_same_padding
 
 
 def build_network(
-    name: str,
-    layers: Sequence[str] | None = None,
-    image_size: tuple[int, int] | None = None,
-    **options: Any,  # noqa: ANN401
+    name: str, layers: Sequence[str] | None = None, image_size: tuple[int, int] | None = None, **options: Any
 ) -> nn.Module:
     """Build a network that maps images (B, 3, H, W) to a list of maps (B, C, h, w), one per layer, in their order.
 
@@ -44,7 +41,7 @@ def build_network(
         indices = sorted(available.index(layer) for layer in layers)
         return replace_same_padding(_create(name, image_size, features_only=True, out_indices=indices, **options))
     if isinstance(model, ResNet | VGG | EfficientNet):
-        steps = _steps(model)
+        steps = list(_steps(model))
         available = list(dict.fromkeys([*available, *steps[: _last_inside(steps, available[-1]) + 1]]))
         if set(layers) <= set(available):
             return StepwiseFeatures(replace_same_padding(_create(name, image_size, num_classes=0, **options)), layers)
@@ -89,7 +86,7 @@ class StepwiseFeatures(nn.Module):
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        steps = _steps(model)
+        steps = list(_steps(model))
         taps = sorted({_last_inside(steps, layer) for layer in layers})
         self.steps = steps[: taps[-1] + 1]
         self.taps = [steps[tap] for tap in taps]
@@ -119,17 +116,13 @@ class StepwiseFeatures(nn.Module):
         return maps
 
 
-def _steps(model: nn.Module) -> list[str]:
+def _steps(chain: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of the modules of a chain, in the order in which they run."""
-
-    def walk(parent: nn.Module, prefix: str) -> Iterator[str]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Sequential):
-                yield from walk(child, f"{prefix}{name}.")
-            else:
-                yield prefix + name
-
-    return list(walk(model, ""))
+    for name, child in chain.named_children():
+        if isinstance(child, nn.Sequential):
+            yield from _steps(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _last_inside(steps: Sequence[str], layer: str) -> int:
@@ -137,7 +130,7 @@ def _last_inside(steps: Sequence[str], layer: str) -> int:
     return max(index for index, step in enumerate(steps) if f"{step}.".startswith(f"{layer}."))
 
 
-def _create(name: str, image_size: tuple[int, int] | None, **options: Any) -> nn.Module:  # noqa: ANN401
+def _create(name: str, image_size: tuple[int, int] | None, **options: Any) -> nn.Module:
     """Call timm with whichever of its options for images of any size, or else of one, the model takes."""
     attempts: list[dict[str, Any]] = [{}]
     config = timm.get_pretrained_cfg(name)

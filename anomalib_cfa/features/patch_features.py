@@ -119,12 +119,12 @@ class PatchFeatures(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": []}
 
-    def _apply(self, *args: Any, **options: Any) -> "PatchFeatures":  # noqa: ANN401
+    def _apply(self, *args: Any, **options: Any) -> "PatchFeatures":
         self._folded = []  # its weights would stay on the old device, or of the old type
         moved: PatchFeatures = super()._apply(*args, **options)  # type: ignore[no-untyped-call]
         return moved
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._folded = []
         super()._load_from_state_dict(*args, **options)
 

@@ -67,7 +67,7 @@ class PageFolder:
         self._saved.add(path)
         return quote(path.relative_to(self.page.parent).as_posix())
 
-    def write(self, **data: Any) -> None:  # noqa: ANN401 - plain data, as in JSON
+    def write(self, **data: Any) -> None:  # plain data, as in JSON
         """Write the page of this data, see ``page.html.jinja``, and remove the pictures of an earlier one."""
         palette = mpl.colormaps[_COLOURS].resampled(LEVELS + 1)
         data["colours"] = [to_hex(palette(level))[1:] for level in range(LEVELS + 1)]

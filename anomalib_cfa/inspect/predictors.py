@@ -27,21 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """What a model says of an image."""
 
-    Attributes:
-        score: The image's score.
-        anomaly_map: Scores of its pixels, as large as the model's view of the image.
-        label: The model's own verdict; None if it gives none.
-        mask: The pixels that the model calls defective, shaped as ``anomaly_map``; None if it gives none.
-        reason: What the worst patch was compared with, if the model can tell.
-    """
-
-    score: float
-    anomaly_map: NDArray[np.float32]
-    label: bool | None = None
-    mask: NDArray[np.bool_] | None = None
-    reason: Reason | None = None
+    score: float  # the image's score
+    anomaly_map: NDArray[np.float32]  # scores of its pixels, as large as the model's view of the image
+    label: bool | None = None  # the model's own verdict; None if it gives none
+    mask: NDArray[np.bool_] | None = None  # pixels that the model calls defective; None if it gives none
+    reason: Reason | None = None  # what the worst patch was compared with, if the model can tell
 
 
 class ModelPredictor:
@@ -104,7 +96,7 @@ class OpenVINOPredictor:
         return _prediction(self._inferencer.predict(image), None)
 
 
-def _prediction(output: Any, reason: Reason | None) -> Prediction:  # noqa: ANN401 - torch's or NumPy's batch of one
+def _prediction(output: Any, reason: Reason | None) -> Prediction:  # torch's or NumPy's batch of one
     values = {}
     for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
         value = getattr(output, name, None)

@@ -12,17 +12,11 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Reason:
-    """What an image's worst patch was compared with.
+    """What an image's worst patch was compared with."""
 
-    Attributes:
-        place: The middle of the worst patch: x and y, as parts of the model's view of the image.
-        normal: The training image that the nearest centre came from.
-        normal_place: The middle of the patch there.
-    """
-
-    place: Place
-    normal: Path
-    normal_place: Place
+    place: Place  # the middle of the worst patch: x and y, as parts of the model's view of the image
+    normal: Path  # the training image that the nearest centre came from
+    normal_place: Place  # the middle of the patch there
 
 
 def find_reason(model: Cfa, descriptors: Tensor) -> Reason | None:

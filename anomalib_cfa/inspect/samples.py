@@ -17,21 +17,13 @@ _NORMAL = "good"
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to inspect.
+    """An image to inspect."""
 
-    Attributes:
-        path: Its file.
-        name: Its path within the folder inspected, with slashes.
-        kind: The kind of its defect, ``"good"`` for a normal image; empty where that is not known.
-        defective: Whether it has a defect; None where that is not known.
-        mask: File of the defect's true mask, where there is one.
-    """
-
-    path: Path
-    name: str
-    kind: str = ""
-    defective: bool | None = None
-    mask: Path | None = None
+    path: Path  # its file
+    name: str  # its path within the folder inspected, with slashes
+    kind: str = ""  # the kind of its defect, ``"good"`` for a normal image; empty where that is not known
+    defective: bool | None = None  # whether it has a defect; None where that is not known
+    mask: Path | None = None  # file of the defect's true mask, where there is one
 
     def read_mask(self, size: tuple[int, int], view: View) -> NDArray[np.bool_] | None:
         """Read the true mask of the part of the image that a view shows, in a size (height, width).

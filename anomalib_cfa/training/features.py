@@ -113,7 +113,7 @@ class TrainingFeatures:
                 loader.sampler.set_epoch(trainer.current_epoch)
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001 - what Lightning does itself
 
-    def _let_read(self, loader: Any) -> bool:  # noqa: ANN401
+    def _let_read(self, loader: Any) -> bool:
         """Let a loader give batches, without workers if no image is left to be read; whether it gave none so far."""
         if not isinstance(loader, TrainingLoader):
             return False

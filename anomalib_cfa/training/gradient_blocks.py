@@ -33,12 +33,7 @@ def sum_over_blocks(
 
 class _SumOverBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        compute: Callable[[Block], Tensor],
-        blocks: Iterable[Block],
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, compute: Callable[[Block], Tensor], blocks: Iterable[Block], *parameters: Tensor) -> Tensor:
         values, gradients = [], [torch.zeros_like(parameter) for parameter in parameters]
         for block in blocks:
             with torch.enable_grad():
@@ -51,5 +46,5 @@ class _SumOverBlocks(torch.autograd.Function):
         return torch.stack(values).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad * gradient for gradient in ctx.saved_tensors)

@@ -26,24 +26,15 @@ class IndexedBatch:
     """A training batch of which only the images whose features are not kept had to be read.
 
     To callbacks it says what anomalib's ``ImageBatch`` does, but for the pixels.
-
-    Attributes:
-        image_path: Each image's file.
-        index: Each image's place in the data set, of shape (B,).
-        signature: What :func:`file_signature` said of each image's file, of shape (B,).
-        missing: True where the features are not kept, of shape (B,).
-        image: The images that are missing, of shape (missing, 3, H, W), or None. Pre-processors know this name.
-        gt_label: False for each, as training images are normal, of shape (B,).
-        gt_mask: None always; pre-processors know this name, too.
     """
 
-    image_path: list[str]
-    index: Tensor
-    signature: Tensor
-    missing: Tensor
-    image: Tensor | None
-    gt_label: Tensor
-    gt_mask: None = None
+    image_path: list[str]  # each image's file
+    index: Tensor  # each image's place in the data set, of shape (B,)
+    signature: Tensor  # what :func:`file_signature` said of each image's file, of shape (B,)
+    missing: Tensor  # True where the features are not kept, of shape (B,)
+    image: Tensor | None  # the missing ones, of shape (missing, 3, H, W); pre-processors know this name
+    gt_label: Tensor  # False for each, as training images are normal, of shape (B,)
+    gt_mask: None = None  # pre-processors know this name, too
 
     def __len__(self) -> int:
         return len(self.index)

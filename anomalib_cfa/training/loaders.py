@@ -47,7 +47,7 @@ class TrainingLoader(DataLoader[Any]):
 
     starts_empty = True
 
-    def __iter__(self) -> Any:  # noqa: ANN401 - torch's, or an empty one
+    def __iter__(self) -> Any:  # torch's, or an empty one
         return iter(()) if self.starts_empty else super().__iter__()
 
 
@@ -118,7 +118,7 @@ def _treatment(loader: DataLoader[Any], pre_processor: nn.Module | None) -> str:
     return repr((images_of(loader).augmentations, getattr(pre_processor, "transform", None)))
 
 
-def images_of(loader: Any) -> Any:  # noqa: ANN401
+def images_of(loader: Any) -> Any:
     """The data set of a loader, without the wrapper that knows which features are kept."""
     return loader.dataset.dataset if isinstance(loader.dataset, IndexedDataset) else loader.dataset
 

@@ -117,12 +117,12 @@ class CfaCheckpoints(AnomalibModule):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: Any,  # noqa: ANN401 - Lightning's
-        map_location: Any = None,  # noqa: ANN401
+        checkpoint_path: Any,
+        map_location: Any = None,
         hparams_file: str | Path | None = None,
         strict: bool | None = None,
         weights_only: bool | None = True,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> "CfaCheckpoints":
         """Load the model that a checkpoint holds.
 

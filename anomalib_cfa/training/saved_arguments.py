@@ -141,23 +141,23 @@ def unsaved_pre_processing(pre_processor: nn.Module | None) -> str:
     return "" if transform is None or _transform(pre_processor) is not None else " ".join(repr(transform).split())
 
 
-def _transform(pre_processor: nn.Module | None) -> Any:  # noqa: ANN401
+def _transform(pre_processor: nn.Module | None) -> Any:
     config: Any = getattr(pre_processor, "checkpoint_config", dict)()
     return config.get("transform")
 
 
-def _parts(spec: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+def _parts(spec: Any) -> list[dict[str, Any]]:
     if spec is None:
         return []
     parts = spec.get("init_args", {}).get("transforms")
     return [spec] if parts is None else [part for inner in parts for part in _parts(inner)]
 
 
-def _without_statistics(spec: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+def _without_statistics(spec: Any) -> list[dict[str, Any]]:
     return [part for part in _parts(spec) if not part["class_path"].endswith(".Normalize")]
 
 
-def _words(spec: Any) -> str:  # noqa: ANN401
+def _words(spec: Any) -> str:
     names = {"size": "", "mean": "mean ", "std": "std "}
     return ", ".join(
         f"{part['class_path'].rpartition('.')[2]} "

@@ -71,7 +71,7 @@ def places(options: argparse.Namespace) -> dict[str, Any]:
 class Backbones(argparse.Action):
     """``NAME=FILE``, repeatable: backbones, and local files of their weights."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:  # noqa: ANN401, ARG002
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:  # noqa: ARG002
         """Take in one."""
         name, separator, path = values.partition("=")
         if not separator or not Path(path).is_file():

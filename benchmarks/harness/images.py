@@ -45,7 +45,7 @@ class ImageSet(Folder):
         self.test_data = self.test_data.subsample(range(0, len(self.test_data), self.test_step))
 
 
-def load_image(model: Any, path: Path) -> Tensor:  # noqa: ANN401 - any of anomalib's
+def load_image(model: Any, path: Path) -> Tensor:
     """A batch of one image that has passed a model's pre-processor."""
     image: Tensor = model.pre_processor.transform(read_image(path, as_tensor=True))
     return image[None]

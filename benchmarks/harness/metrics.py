@@ -18,7 +18,7 @@ class RawAUROC(AUROC):
     Mahalanobis distances all become 1 there, and so are tied.
     """
 
-    def update(self, batch: Batch, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def update(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
         """Take in a batch."""
         scores, truth = self.fields
         in_order = {scores: _between_0_and_1(getattr(batch, scores)), truth: getattr(batch, truth)}

@@ -16,7 +16,7 @@ PATCHCORE_1, PATCHCORE_10 = "PatchCore 1 %", "PatchCore 10 %"
 MODELS = (CFA, PADIM, DFM, PATCHCORE_1, ANOMALIB_CFA, PATCHCORE_10)
 
 
-def build_model(task: Task) -> Any:  # noqa: ANN401 - one of five classes
+def build_model(task: Task) -> Any:  # one of five classes
     """The task's model: its ``model``, ``backbone``, ``size`` in pixels, ``seed`` and ``weights_path``.
 
     Without a ``weights_path`` the weights are random. ``options`` are arguments of this package's Cfa.
@@ -51,7 +51,7 @@ def build_model(task: Task) -> Any:  # noqa: ANN401 - one of five classes
     return model
 
 
-def bank_size(model: Any) -> int | None:  # noqa: ANN401 - one of five classes
+def bank_size(model: Any) -> int | None:  # one of five classes
     """How many vectors a patch is compared with; None for a model without a memory bank."""
     bank = getattr(model.model, "memory_bank", None)
     if bank is None or isinstance(bank, list):
