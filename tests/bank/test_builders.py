@@ -128,7 +128,7 @@ def test_samples_of_all_processes_are_put_together():
     for rank, share in enumerate(shares):
         sample = PatchSample(1000, seed=0, processes=Processes(rank=rank, count=2))
         sample.update(share)
-        lone.append(sample._joined())
+        lone.append((sample._points[: sample._held], sample._sources[: sample._held]))
     sizes = torch.tensor([len(points) for points, _ in lone])
     for rank, share in enumerate(shares):
         totals = iter([sizes, torch.cat([lone[0][0], lone[1][0]]), torch.cat([lone[0][1], lone[1][1]])])
