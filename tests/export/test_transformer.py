@@ -42,6 +42,7 @@ def test_a_transformer_whose_position_embedding_grows_along_one_side_agrees(tmp_
     assert_agrees_at_any_size(run_openvino, model.to_openvino(tmp_path), model)
 
 
+@pytest.mark.skipif(not SOAK, reason="one more export, as OpenVINO's is of a fixed size behind its resize: make soak")
 def test_a_transformer_of_fixed_input_size_agrees(model, tmp_path):
     image = torch.rand(1, 3, 100, 75)
     assert_agree(run_openvino(model.to_openvino(tmp_path, input_size=(100, 75)), image), predict(model, image))

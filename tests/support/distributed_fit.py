@@ -1,4 +1,4 @@
-"""Fits and tests a tiny Cfa on several CPU processes; a script, which Lightning's launcher starts for each process."""
+"""Fits and tests tiny Cfas on several CPU processes; a script, which Lightning's launcher starts for each process."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_cfa import Cfa
+
+DEATH = 7  # exit status
 
 
 class Record(Callback):
@@ -54,37 +56,41 @@ class Die(Callback):
 
     def on_train_batch_end(self, trainer, model, outputs, batch, index):
         if self.at == "step" and trainer.global_rank == self.rank:
-            os._exit(7)
+            os._exit(DEATH)
 
     def setup(self, trainer, model, stage):
         if self.at == "bank" and trainer.global_rank == self.rank:
-            model.model.build = lambda *args: os._exit(7)
+            model.model.build = lambda *args: os._exit(DEATH)
 
 
-def main(root: str, folder: str, processes: str, options: str) -> None:
+def fit(folder: Path, root: str, processes: int, dies: tuple[int, str] | None = None, **arguments) -> None:
     """Fit with a global batch of 6 images, then test with the checkpoint that it wrote."""
-    torch.set_num_threads(1)
-    arguments = json.loads(options)
-    dies = arguments.pop("dies", None)
     model = Cfa("test_resnet.r160_in1k", pre_trained=False, visualizer=False, **{"image_size": 64, **arguments})
-    datamodule = MVTecAD(root, category="tile", train_batch_size=6 // int(processes), eval_batch_size=2, num_workers=0)
+    datamodule = MVTecAD(root, category="tile", train_batch_size=6 // processes, eval_batch_size=2, num_workers=0)
     engine = Engine(
         max_epochs=2,
         accelerator="cpu",
-        devices=int(processes),
-        strategy="ddp" if int(processes) > 1 else "auto",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
         logger=False,
         enable_progress_bar=False,
         # Of each process's own: anomalib numbers runs without regard to other processes that do so at the moment.
-        default_root_dir=Path(folder) / os.environ.get("LOCAL_RANK", "0"),
-        callbacks=[Record(Path(folder)), *([Die(*dies)] if dies else [])],
+        default_root_dir=folder / os.environ.get("LOCAL_RANK", "0"),
+        callbacks=[Record(folder), *([Die(*dies)] if dies else [])],
     )
     engine.fit(model, datamodule=datamodule)
     (metrics,) = engine.test(model, datamodule=datamodule)
     if engine.trainer.is_global_zero:
-        (Path(folder) / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
         checkpoint = engine.trainer.checkpoint_callback.best_model_path
-        (Path(folder) / "checkpoint").write_text(str(checkpoint))
+        (folder / "checkpoint").write_text(str(checkpoint))
+
+
+def main(folder: str, processes: str, fits: str) -> None:
+    """Run fits one after the other: the same processes, which take longer to start than to fit."""
+    torch.set_num_threads(1)
+    for name, options in json.loads(fits).items():
+        fit(Path(folder, name), processes=int(processes), **options)
 
 
 if __name__ == "__main__":
