@@ -74,7 +74,7 @@ def _nearest(queries: Tensor, vectors: Tensor) -> Tensor:
     """The index of the vector nearest to each query."""
     half_norms = vectors.square().sum(dim=1) / 2
     blocks = queries.split(block_rows(queries, len(vectors)))
-    return torch.cat([(half_norms - block @ vectors.T).argmin(dim=1) for block in blocks])
+    return torch.cat([torch.addmm(half_norms, block, vectors.T, alpha=-1).argmin(dim=1) for block in blocks])
 
 
 def proportional_shares(sizes: list[int], total: int) -> list[int]:

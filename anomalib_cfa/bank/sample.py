@@ -43,7 +43,7 @@ class PatchSample:
             number = self.processes.rank + self._images * self.processes.count
             places = torch.stack([torch.full_like(chosen, number), chosen // width, chosen % width], dim=1)
             new = slice(self._held, self._held + len(chosen))
-            self._points[new] = image.flatten(0, 1)[chosen.to(image.device)]
+            torch.index_select(image.flatten(0, 1), 0, chosen.to(image.device), out=self._points[new])
             self._sources[new] = places.to(self._sources)
             self._images += 1
             self._held += len(chosen)
