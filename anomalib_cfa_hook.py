@@ -135,7 +135,10 @@ class StandInLoader:
         def forward(name: str) -> object:
             if name.startswith("__"):  # tools that walk `sys.modules` ask for names such as `__file__`
                 raise _no_attribute(module, name)
-            return getattr(import_module(source), name)
+            forwarded = vars(import_module(source))
+            if name not in forwarded:
+                raise _no_attribute(module, name, f": it is {PACKAGE}'s; {ENVIRONMENT_VARIABLE}=0 gives anomalib's own")
+            return forwarded[name]
 
         module.__doc__ = f"Stand-in for anomalib's module: forwards to ``{source}``."
         vars(module).update(__getattr__=forward, __dir__=lambda: dir(import_module(source)))
@@ -171,8 +174,8 @@ def _load_own_instead(stand_in: ModuleType) -> None:
     own.loader.exec_module(module)
 
 
-def _no_attribute(module: ModuleType, name: str) -> AttributeError:
-    return AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+def _no_attribute(module: ModuleType, name: str, reason: str = "") -> AttributeError:
+    return AttributeError(f"module {module.__name__!r} has no attribute {name!r}{reason}")
 
 
 def _warn(reason: str) -> None:

@@ -1,7 +1,7 @@
 """Checks of the model's arguments, in one place, before any work starts."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_size(value: object) -> bool:
-    sides = value if isinstance(value, list | tuple) else [value, value]
-    return value is None or (len(sides) == 2 and all(_is_integer(side, 1) for side in sides))
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_integer(side, 1) for side in value)
 
 
 def _are_different_names(value: object) -> bool:
@@ -70,10 +69,13 @@ def _or_none(rule: Rule) -> Rule:
 
 
 _FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
-_SIZE: Rule = ("None, a positive integer or a pair of them (height, width)", _is_size)
+_SIZE: Rule = (
+    "None, a positive integer or a pair of them (height, width)",
+    lambda value: value is None or _is_integer(value, 1) or _is_pair(value),
+)
 _MOST_NEIGHBORS = 256  # the search compares a patch with about a thousand centres
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {  # of the constructor's arguments
     "backbone": ("the name of a timm model", _is_text),
     "gamma_c": _or_none(_number("above 0", lambda value: value > 0)),
     "gamma_d": _integer("of at least 1", 1),
@@ -104,6 +106,20 @@ RULES: dict[str, Rule] = {
     "feature_budget": _number("of GiB of at least 0", lambda value: value >= 0),
 }
 
+EXPORT_RULES: dict[str, Rule] = {
+    "input_size": _or_none(("a pair of positive integers (height, width)", _is_pair)),
+    "max_drop": _from_zero(1),
+}
+
+
+def check_arguments(rules: Mapping[str, Rule], **arguments: Any) -> None:
+    """Raise a ValueError if an argument is not what its rule says, naming it, what it must be, and what it was."""
+    for name, value in arguments.items():
+        requirement, holds = rules[name]
+        if not holds(value):
+            msg = f"{name} must be {requirement}, but is {value!r}"
+            raise ValueError(msg)
+
 
 def check_hyperparameters(**hyperparameters: Any) -> None:
     """Check arguments given by name.
@@ -111,11 +127,7 @@ def check_hyperparameters(**hyperparameters: Any) -> None:
     Raises:
         ValueError: Naming the first that is out of its range or contradicts another, what it must be, and what it was.
     """
-    for name, value in hyperparameters.items():
-        requirement, holds = RULES[name]
-        if not holds(value):
-            msg = f"{name} must be {requirement}, but is {value!r}"
-            raise ValueError(msg)
+    check_arguments(RULES, **hyperparameters)
     gamma_c, bank = hyperparameters.get("gamma_c"), hyperparameters.get("bank", "kmeans")
     if gamma_c is not None and gamma_c < 1 and bank != "kmeans":
         msg = f"gamma_c must be at least 1 where bank is {bank!r}, which makes no more centres than T, but is {gamma_c}"

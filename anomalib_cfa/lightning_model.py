@@ -26,7 +26,7 @@ from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.features.backbones import find_backbone
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain
 from anomalib_cfa.loss import CfaLoss
-from anomalib_cfa.metrics import AUROC
+from anomalib_cfa.metrics import AUROC, reset_metrics
 from anomalib_cfa.old_names import current_search, from_old_names
 from anomalib_cfa.post_processing import OneClassPostProcessor, forget_thresholds
 from anomalib_cfa.processes import Processes
@@ -266,6 +266,7 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
 
     def setup(self, stage: str) -> None:
         """Let a data module's training images be read in the seed's order, and once where their features are kept."""
+        reset_metrics(self.post_processor, self.evaluator)  # of a run that was interrupted
         self._limit_val_batches = do_without_validation(self.trainer)
         if stage == TrainerFn.FITTING:
             self._features = TrainingFeatures(self)

@@ -1,9 +1,11 @@
-"""AUROC of anomaly scores as they are, in whatever range."""
+"""AUROC of anomaly scores as they are, in whatever range; and metrics that forget."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from anomalib import metrics
+from torch import nn
+from torchmetrics import Metric
 
 
 class AUROC(metrics.AUROC):
@@ -30,3 +32,11 @@ class AUROC(metrics.AUROC):
 
     def __init__(self, fields: Sequence[str], prefix: str = "", strict: bool = True, **kwargs: Any) -> None:
         super().__init__(fields, prefix, strict, normalization=None, **kwargs)
+
+
+def reset_metrics(*parts: nn.Module | None) -> None:
+    """Let all metrics in these parts forget the images that they have taken in."""
+    for part in parts:
+        for module in () if part is None else part.modules():
+            if isinstance(module, Metric):
+                module.reset()

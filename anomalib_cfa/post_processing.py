@@ -9,9 +9,10 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MaxMetric, Metric
+from torchmetrics import CatMetric, MaxMetric
 
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, check_hyperparameters, plain
+from anomalib_cfa.metrics import reset_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +134,7 @@ class OneClassPostProcessor(PostProcessor):
             from_normal = not masked and self._pixel_scores.update_called
             if from_normal and self._set_threshold_and_range("pixel", self._pixel_scores):
                 logger.info("No mask says where the defects are: the pixel threshold comes from normal images")
-        for child in self.children():
-            if isinstance(child, Metric):
-                child.reset()
+        reset_metrics(self)
 
 
 def forget_thresholds(post_processor: nn.Module | None) -> None:

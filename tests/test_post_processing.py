@@ -7,6 +7,7 @@ from anomalib.data import Folder, ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 from tiny import engine, mvtec, noise, tiny_cfa
 
 from anomalib_cfa import Cfa
@@ -214,6 +215,52 @@ def test_defective_validation_images_leave_the_choice_to_anomalib(rendered_mvtec
         engine(tmp_path).fit(model, datamodule=mvtec(rendered_mvtec))
     assert "The thresholds come from" not in caplog.text
     assert torch.isfinite(model.post_processor.image_threshold)
+
+
+class Interrupt(Callback):
+    """Fails after the first batch of a validation or a test."""
+
+    def on_validation_batch_end(self, *_):
+        msg = "interrupted"
+        raise RuntimeError(msg)
+
+    on_test_batch_end = on_validation_batch_end
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(rendered_mvtec, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return judged(fitted(tiny_cfa(), rendered_mvtec, folder), rendered_mvtec, folder)
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_an_interrupted_run_leaves_no_image_to_the_next_one(uninterrupted, rendered_mvtec, tmp_path, run):
+    model = tiny_cfa() if run == "fit" else fitted(tiny_cfa(), rendered_mvtec, tmp_path)
+    interrupted = getattr(engine(tmp_path, callbacks=[Interrupt()]), run)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        interrupted(model, datamodule=mvtec(rendered_mvtec, category="metal_nut"))
+    if run == "fit":
+        model.clear_memory_bank()
+        fitted(model, rendered_mvtec, tmp_path)
+    assert judged(model, rendered_mvtec, tmp_path) == uninterrupted
+
+
+def fitted(model, root, folder):
+    engine(folder).fit(model, datamodule=mvtec(root))
+    return model
+
+
+def judged(model, root, folder):
+    """Metrics by thresholds that are chosen anew."""
+    run = engine(folder)
+    return run.validate(model, datamodule=mvtec(root)) + run.test(model, datamodule=mvtec(root))
+
+
+def test_a_validation_without_images_is_an_error(rendered_mvtec, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^datamodule must have images to validate on, but .* val_split_mode is 'none'"
+    ):
+        engine(tmp_path).validate(tiny_cfa(), datamodule=mvtec(rendered_mvtec, val_split_mode="none"))
 
 
 @pytest.mark.parametrize("scores", [[3.0], [-2.0, -2.0], [0.0]])

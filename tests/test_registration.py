@@ -128,6 +128,10 @@ assert stand_in.__spec__.name == stand_in.__name__ == "anomalib.models.image.cfa
 assert anomalib_cfa.loss.__spec__.name == "anomalib_cfa.loss"
 assert "CfaLoss" in dir(stand_in)
 assert not hasattr(stand_in, "__file__") and not hasattr(stand_in, "nonsense")
+try:
+    stand_in.OnlyAnomalibs
+except AttributeError as error:
+    assert "ANOMALIB_CFA_REGISTER=0 gives anomalib's own" in str(error)
 package = sys.modules["anomalib.models.image.cfa"]
 assert {"Cfa", "torch_model"} <= set(dir(package)) and not hasattr(package, "nonsense")
 namespace = {}
@@ -299,7 +303,7 @@ from anomalib.models.components import AnomalibModule
 import anomalib.models.image, anomalib_cfa, anomalib_cfa.torch_model
 assert Cfa is anomalib.models.image.Cfa is anomalib_cfa.Cfa
 assert CfaModel is anomalib_cfa.torch_model.CfaModel
-assert [kind for kind in AnomalibModule.__subclasses__() if kind.__name__ == "Cfa"] == [Cfa]
+assert [kind for kind in AnomalibModule.__subclasses__() if "cfa" in kind.__module__] == [Cfa]
 assert "cfa" in list_models()
 options = {"backbone": "test_resnet.r160_in1k", "pre_trained": False}
 for wanted in ({"class_path": "Cfa"}, {"class_path": "anomalib.models.Cfa"}):

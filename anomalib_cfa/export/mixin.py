@@ -15,6 +15,7 @@ from anomalib.models.components.base.export_mixin import ExportMixin
 from torch import nn
 from torchmetrics import Metric
 
+from anomalib_cfa.hyperparameters import EXPORT_RULES, check_arguments
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.resize import ExportableInterpolation
 from anomalib_cfa.training.checks import warn_without_threshold
@@ -74,7 +75,9 @@ class CfaExport(ExportMixin, nn.Module):
 
         Raises:
             RuntimeError: If the model is not fitted.
+            ValueError: If ``input_size`` is not a pair of positive integers.
         """
+        check_arguments(EXPORT_RULES, input_size=input_size)
         with (
             self._ready(),
             _staged(export_root, ExportType.ONNX) as (staging, folder),
@@ -123,7 +126,8 @@ class CfaExport(ExportMixin, nn.Module):
 
         Raises:
             RuntimeError: If the model is not fitted.
-            ValueError: If the data module is missing, or ``max_drop`` is out of its range.
+            ValueError: If the data module is missing or has too few images, or ``input_size`` or ``max_drop`` is out of
+                its range.
         """
         import openvino  # noqa: PLC0415 - optional, as what these modules import
 
@@ -131,7 +135,8 @@ class CfaExport(ExportMixin, nn.Module):
         from anomalib_cfa.export import openvino as graph  # noqa: PLC0415
 
         compression_type = None if compression_type is None else CompressionType(compression_type)
-        quantization.check_compression(compression_type, datamodule, max_drop)
+        check_arguments(EXPORT_RULES, input_size=input_size, max_drop=max_drop)
+        quantization.check_images(compression_type, datamodule)
         with self._ready(), _staged(export_root, ExportType.OPENVINO) as (staging, folder):
             # A model of any size is one of its own size, and a resize that OpenVINO does in memory that it uses again.
             own_size = loops.leading_resize(self.pre_processor) if input_size is None and not onnx_kwargs else None

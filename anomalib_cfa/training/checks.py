@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from anomalib_cfa.training.kept_features import IndexedBatch
@@ -44,6 +46,11 @@ def check_trainer(trainer: Trainer) -> None:
     if trainer.training and trainer.limit_train_batches == 0:
         msg = "limit_train_batches must leave at least one batch to train on, but is 0"
         raise ValueError(msg)
+    if trainer.training and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        logger.warning(
+            "Of what the processes of this strategy learn, only weights and thresholds come back: training_images and "
+            "worst_fitting stay empty here, but are in the log and in checkpoints. Take strategy='ddp' to have them"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own type lacks it
         for kind, reason in _REFUSED.items():
             if trainer.training and isinstance(callback, kind):
@@ -76,9 +83,16 @@ def do_without_validation(trainer: Trainer) -> int | float:
     """Skip validation where the data module has no images for it; anomalib would fail asking for them.
 
     Returns the trainer's ``limit_val_batches``, to be put back when the run ends.
+
+    Raises:
+        ValueError: If nothing but a validation was asked for.
     """
     limit, datamodule = trainer.limit_val_batches, getattr(trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            mode = str(datamodule.val_split_mode.value)
+            msg = f"datamodule must have images to validate on, but has none: its val_split_mode is {mode!r}"
+            raise ValueError(msg)
         trainer.limit_val_batches = 0
     return limit
 

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_cfa.hyperparameters import DEFAULT_FALSE_ALARM_RATE, RULES, check_hyperparameters, plain
 from anomalib_cfa.pre_processing import make_exportable
 from anomalib_cfa.training.checkpoints import check_checkpoint
+from anomalib_cfa.training.features import TeardownOnException
 from anomalib_cfa.training.saved_arguments import (
     COMPONENTS,
     UNSAVED_PRE_PROCESSING,
@@ -25,23 +26,34 @@ from anomalib_cfa.training.saved_arguments import (
 )
 from anomalib_cfa.training.worst_fitting import WorstFitting, saved_worst_fitting
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 logger = logging.getLogger(__name__)
 
 _TRAINING_IMAGES = "anomalib_cfa_training_images"
 _WORST_FITTING = "anomalib_cfa_worst_fitting"
 
 
-class CfaCheckpoints(AnomalibModule):
+class CfaCheckpoints(LightningModule):
     """The saving and loading of checkpoints: a checkpoint says everything about the model that it holds.
 
     Arguments that were left at their defaults are the checkpoint's. Those that were given must agree with it, unless
     they may change afterwards.
     """
 
+    # Of anomalib's module and of this package's; not a kind of the former, since anomalib lists these as its models.
     _build: Callable[[], None]
     _given: dict[str, Any]
+    clear_memory_bank: Callable[[], None]
+    configure_post_processor: Callable[[], Any]
+    configure_pre_processor: Callable[..., Any]
     loss: Any
     model: Any
+    pre_processor: Any
+    post_processor: Any
+    evaluator: Any
+    visualizer: Any
     training_images: list[str]
     worst_fitting: WorstFitting
 
@@ -65,10 +77,12 @@ class CfaCheckpoints(AnomalibModule):
         _replace_state(checkpoint["state_dict"], {}, ("model.anomaly_map_generator.blur.",))
         trainer: Trainer | None = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        arguments = merge(saved_arguments(checkpoint), self._given, fitting=fitting)
+        defaults = {name: parameter.default for name, parameter in signature(type(self)).parameters.items()}
+        arguments = {name: defaults[name] for name in self.hparams if name in RULES}  # not those of a checkpoint before
+        arguments |= merge(saved_arguments(checkpoint), self._given, fitting=fitting)
         check_hyperparameters(**arguments)
         check_pre_processing(checkpoint, self.pre_processor, self._given)
-        self._restore_components(checkpoint, trainer)
+        self._restore_components(checkpoint, arguments, trainer)
         images = checkpoint.get(_TRAINING_IMAGES)  # older checkpoints have none
         self.training_images = [str(path) for path in images] if isinstance(images, list) else []
         self.worst_fitting = saved_worst_fitting(checkpoint.get(_WORST_FITTING))
@@ -83,7 +97,17 @@ class CfaCheckpoints(AnomalibModule):
             self.teardown(TrainerFn.FITTING)
             self.setup(TrainerFn.FITTING)  # with the new network and pre-processor
 
-    def _restore_components(self, checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Load a whole state dict, or forget everything: a model that is half another would score without a word."""
+        try:
+            return super().load_state_dict(*args, **options)
+        except RuntimeError:
+            self.clear_memory_bank()
+            raise
+
+    def _restore_components(
+        self, checkpoint: dict[str, Any], arguments: Mapping[str, Any], trainer: Trainer | None
+    ) -> None:
         """Restore the pre- and post-processor; the evaluator and the visualizer may have changed.
 
         A post-processor that was given keeps its settings, and takes the checkpoint's thresholds.
@@ -95,6 +119,12 @@ class CfaCheckpoints(AnomalibModule):
             checkpoint.pop("anomalib_post_processor_config", None)
             (checkpoint.get("anomalib_components_enabled") or {})["post_processor"] = True
         before = {name: getattr(self, name) for name in COMPONENTS}
+        # An earlier checkpoint's model may have had none.
+        if self.pre_processor is None and "pre_processor" not in self._given:
+            sizes = arguments["image_size"], arguments["center_crop_size"]
+            self.pre_processor = self.configure_pre_processor(*sizes, arguments["backbone"])
+        if self.post_processor is None and "post_processor" not in self._given:
+            self.post_processor = self.configure_post_processor()
         super().on_load_checkpoint(checkpoint)
         make_exportable(self.pre_processor)
         if trainer is not None:
@@ -102,9 +132,11 @@ class CfaCheckpoints(AnomalibModule):
             for component in (self.evaluator, self.visualizer):
                 # As callbacks they would take the state of the checkpoint's, which may have other metrics.
                 checkpoint.get("callbacks", {}).pop(getattr(component, "state_key", None), None)
-            gone = [id(before[name]) for name in COMPONENTS if getattr(self, name) is None]
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [callback for callback in callbacks if id(callback) not in gone]
+            callbacks[:] = [each for each in callbacks if not any(each is component for component in before.values())]
+            components = [getattr(self, name) for name in COMPONENTS]
+            place = next((i for i, each in enumerate(callbacks) if isinstance(each, TeardownOnException)), 0)
+            callbacks[place:place] = [component for component in components if isinstance(component, Callback)]
             # The data module resizes to the size of the model before the checkpoint was read.
             if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
                 datamodule.setup(trainer.state.fn)
@@ -123,7 +155,7 @@ class CfaCheckpoints(AnomalibModule):
         strict: bool | None = None,
         weights_only: bool | None = True,
         **kwargs: Any,
-    ) -> "CfaCheckpoints":
+    ) -> "Self":
         """Load the model that a checkpoint holds.
 
         Args:
@@ -148,8 +180,7 @@ class CfaCheckpoints(AnomalibModule):
         if components.get("post_processor", True) is not True:
             components |= {"false_alarm_rate": DEFAULT_FALSE_ALARM_RATE}
         options: Any = (map_location, hparams_file, strict, weights_only)
-        model = super().load_from_checkpoint(checkpoint_path, *options, **components)
-        assert isinstance(model, CfaCheckpoints)
+        model: Self = super().load_from_checkpoint(checkpoint_path, *options, **components)
         model.change_arguments({name: value for name, value in given.items() if name not in components})
         return model
 
@@ -168,6 +199,7 @@ class CfaCheckpoints(AnomalibModule):
             restored = {"hyper_parameters": self.hparams, "anomalib_pre_processor_config": config}
             check_pre_processing(restored, self.configure_pre_processor(**sizes), sizes)
         self.hparams.update(arguments)
+        self._given.update(given)
         # What else may change is read where it is needed; of these the parts have copies.
         self.loss.alpha, self.model.seed = arguments["alpha"], arguments["seed"]
 

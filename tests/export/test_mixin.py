@@ -267,6 +267,8 @@ def test_quantization_sees_training_images_only_and_each_as_the_model_does(
     monkeypatch.setattr(nncf, "quantize_with_accuracy_control", quantize)
     datamodule = _mvtec(rendered_mvtec)
     datamodule.setup("fit")
+    if compression_type == CompressionType.INT8_ACQ:  # the fewest that it takes
+        datamodule.train_data = datamodule.train_data.subsample([0, 1, 2, 3])
     del datamodule.test_data, datamodule.val_data
     model.to_openvino(tmp_path, input_size=OTHER_SIZE, compression_type=compression_type, datamodule=datamodule)
     assert {image.shape for image in seen["calibration"]} == {(1, 3, *OTHER_SIZE)}
@@ -290,15 +292,24 @@ def test_missing_images_and_wrong_drops_are_named(model, tmp_path):
     for compression_type in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
         with pytest.raises(ValueError, match=r"^datamodule must be given"):
             model.to_openvino(tmp_path, compression_type=compression_type)
-    with pytest.raises(ValueError, match=r"^max_drop must be between 0 and 1, but is 2"):
-        model.to_openvino(tmp_path, max_drop=2)
+    for max_drop in (2, None):
+        with pytest.raises(ValueError, match=rf"^max_drop must be a number from 0 to 1, but is {max_drop}"):
+            model.to_openvino(tmp_path, max_drop=max_drop)
 
 
-def test_accuracy_control_needs_an_image_to_judge_by(model, rendered_mvtec, tmp_path):
+@pytest.mark.parametrize("export", ["to_onnx", "to_openvino"])
+@pytest.mark.parametrize("input_size", [64, (64,), (0, 64), (64.0, 64), ("64", "64")], ids=str)
+def test_a_wrong_input_size_is_named_before_anything_is_written(model, export, input_size, tmp_path):
+    with pytest.raises(ValueError, match=r"^input_size must be None or a pair of positive integers"):
+        getattr(model, export)(tmp_path, input_size=input_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_accuracy_control_needs_a_normal_and_a_defective_image_to_judge_by(model, rendered_mvtec, tmp_path):
     datamodule = _mvtec(rendered_mvtec)
     datamodule.setup("fit")
-    datamodule.train_data = datamodule.train_data.subsample([0])
-    with pytest.raises(ValueError, match=r"^datamodule must hold at least 2 training images .*, but holds 1"):
+    datamodule.train_data = datamodule.train_data.subsample([0, 1, 2])
+    with pytest.raises(ValueError, match=r"^datamodule must hold at least 4 training images .*, but holds 3"):
         model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=datamodule)
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.data import MVTecAD
+from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from exporting import assert_agree, predict, run_onnx, run_openvino
@@ -187,6 +188,46 @@ def test_a_component_that_the_model_was_trained_without_does_not_run(rendered_mv
     expected, _ = predicted(model, rendered_mvtec, tmp_path)
     scores, _ = predicted(Cfa(**NOTHING), rendered_mvtec, tmp_path, ckpt_path=run.best_model_path)
     assert torch.equal(scores, expected)
+
+
+def test_a_checkpoint_leaves_nothing_to_the_next_one(trained, expected, rendered_mvtec, tmp_path):
+    """Neither the components that its model was trained without, nor arguments of which the next one says nothing."""
+    bare = Cfa(**TRAINED | {"pre_processor": False, "post_processor": False, "image_size": None, "sigma": 4.0})
+    run = engine(tmp_path / "bare")
+    run.fit(bare, datamodule=MVTecAD(rendered_mvtec, "tile", train_batch_size=2, num_workers=0))
+    judged = Cfa(**NOTHING)
+    predicted(judged, rendered_mvtec, tmp_path, ckpt_path=run.best_model_path)
+    assert judged.pre_processor is None
+    assert judged.post_processor is None
+    again = engine(tmp_path)
+    metrics = again.test(judged, datamodule=mvtec(rendered_mvtec), ckpt_path=trained[1], verbose=False)
+    assert metrics == engine(tmp_path).test(trained[0], datamodule=mvtec(rendered_mvtec), verbose=False)
+    kinds = [type(callback) for callback in again.trainer.callbacks]
+    assert kinds.index(PreProcessor) < kinds.index(OneClassPostProcessor) < kinds.index(Evaluator)
+
+    old = Path(__file__).parents[1] / "checkpoints/0.1.0.ckpt"
+    fresh = Cfa(**NOTHING)
+    for model in (judged, fresh):
+        predicted(model, rendered_mvtec, tmp_path, ckpt_path=old)
+    assert not judged.model.center_view
+    assert dict(judged.hparams) == dict(fresh.hparams)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_leaves_no_model_that_is_half_another(trained, rendered_mvtec, tmp_path):
+    model = copy.deepcopy(trained[0])
+    checkpoint = torch.load(trained[1], weights_only=True)
+    del checkpoint["state_dict"]["model.descriptor.weight"]
+    torch.save(checkpoint, tmp_path / "lacking.ckpt")
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"model.descriptor.weight\""):
+        engine(tmp_path).test(model, datamodule=mvtec(rendered_mvtec), ckpt_path=tmp_path / "lacking.ckpt")
+    with pytest.raises(RuntimeError, match="memory bank is not built"):
+        predicted(model, rendered_mvtec, tmp_path)
+
+
+def test_what_was_changed_in_load_from_checkpoint_stays_so(trained, rendered_mvtec, tmp_path):
+    restored = Cfa.load_from_checkpoint(trained[1], feature_budget=0.25)
+    engine(tmp_path, max_epochs=2).fit(restored, datamodule=mvtec(rendered_mvtec), ckpt_path=trained[1])
+    assert restored.hparams["feature_budget"] == 0.25
 
 
 def test_what_may_change_changes_in_load_from_checkpoint(trained):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from tiny import noise, tiny_cfa
+
+from anomalib_cfa.training.checks import check_trainer
 
 IMAGES, BATCHES = 6, 3  # of the rendered training set, two images a batch
 PATCHES = 64  # of an image: half as many centres
@@ -236,3 +239,11 @@ def test_a_compiled_backbone_predicts_the_same_and_the_search_is_left_out_of_wha
             nearest(descriptors, 1), compiled.model.memory_bank.nearest(descriptors, 1), strict=True
         ):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("strategy", "warns"), [("ddp_spawn", True), ("ddp", False)])
+def test_a_strategy_of_which_lists_do_not_come_back_is_warned_of(caplog, strategy, warns):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    trainer.training = True
+    check_trainer(trainer)
+    assert ("worst_fitting stay empty" in caplog.text) == warns
