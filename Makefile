@@ -34,8 +34,7 @@ pytest: $(stamp)
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses auto --dist worksteal
 
 soak: $(stamp)
-	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s \
-		tests/robustness tests/training/test_interruption.py tests/training/test_distributed.py
+	ANOMALIB_CFA_SOAK=1 $(bin)/python -m pytest -s
 
 # Both ends of the supported ranges, each in a new environment of its own.
 compatibility:

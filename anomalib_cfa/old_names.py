@@ -10,13 +10,17 @@ _SEARCHES = {"ivf": "two_level", "hnsw": "two_level"}
 
 
 def from_old_names(
-    *, descriptor_start: str | None = None, nu: float | None = None, beta: float | None = None
+    *, descriptor_start: str | None = None, nu: float | None = None, beta: float | None = None, **unknown: Any
 ) -> dict[str, Any]:
     """Bring arguments of 0.1.0 to today's names, with a warning for each that is given.
 
     Raises:
+        TypeError: If there never was an argument of one's name.
         ValueError: If ``descriptor_start`` is neither ``"whitened"`` nor ``"random"``.
     """
+    if unknown:
+        msg = f"Cfa has no argument {', '.join(map(repr, unknown))}"
+        raise TypeError(msg)
     if descriptor_start is not None:
         _warn(
             "descriptor_start is part of whitening now, a number for a whitened start and None for a random one, "

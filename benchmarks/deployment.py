@@ -52,10 +52,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(options: argparse.Namespace) -> Iterator[Task]:
     """What there is to measure."""
-    # A retrained model counts as a different one.
-    model = f"{options.ckpt_path.stat().st_size}-{options.ckpt_path.stat().st_mtime_ns}"
     for way in options.way or WAYS:
-        yield {"label": way, "way": way, "data": options.data.name, "test_step": options.test_step, "checkpoint": model}
+        yield {"label": way, "way": way, "data": options.data.name, "test_step": options.test_step}
     for model in (CFA, ANOMALIB_CFA):
         for precision in ("f32", None):
             task = {"way": "exported", "model": model, "backbone": "resnet18", "size": 256, "precision": precision}
@@ -165,7 +163,7 @@ def _predictions(
     reference: Predict,
     images: ImageSet,
     model: Any,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Tensor, Tensor]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Tensor, Tensor | None]:
     found, expected, labels, masks = [], [], [], []
     for item in images.test_data:
         array = np.ascontiguousarray(item.image[None].numpy(), dtype=np.float32)
@@ -173,12 +171,13 @@ def _predictions(
         found.append({name: value.copy() for name, value in predict(array).items()})
         expected.append(reference(array))
         labels.append(bool(item.gt_label))
-        _, mask = model.pre_processor.transform(item.image, item.gt_mask)
-        masks.append(mask.squeeze() > 0)
-    return found, expected, torch.tensor(labels), torch.stack(masks)
+        if item.gt_mask is not None:
+            _, mask = model.pre_processor.transform(item.image, item.gt_mask)
+            masks.append(mask.squeeze() > 0)
+    return found, expected, torch.tensor(labels), torch.stack(masks) if masks else None
 
 
-def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor, task: Task) -> Result:
+def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor | None, task: Task) -> Result:
     scores, wanted_scores = (
         torch.cat([torch.from_numpy(one["pred_score"]).flatten() for one in side]) for side in (found, expected)
     )
@@ -189,13 +188,16 @@ def _compare(found: Any, expected: Any, labels: Tensor, masks: Tensor, task: Tas
         state["post_processor.image_max"] - state["post_processor.image_min"],
     )
     difference = (maps - wanted).abs() / wanted.abs().amax(dim=(-2, -1), keepdim=True)
+    of_pixels = {}
+    if masks is not None:
+        of_pixels["pixel_auroc"] = float(binary_auroc((maps / maps.max()).flatten(), masks.flatten().long()))
     return {
         "images": len(scores),
         "score_difference": float(((scores - wanted_scores) / scale).abs().max()),
         "flipped": int(((scores > threshold) != (wanted_scores > threshold)).sum()),
         "pixels_beyond_1e-4": float((difference > 1e-4).float().mean()),
         "image_auroc": float(binary_auroc(scores.double().sigmoid(), labels.long())),
-        "pixel_auroc": float(binary_auroc((maps / maps.max()).flatten(), masks.flatten().long())),
+        **of_pixels,
     }
 
 
@@ -237,7 +239,7 @@ def report(runs: Sequence[tuple[Task, Result]], options: argparse.Namespace) -> 
         cells += [
             f"{100 * found['pixels_beyond_1e-4']:.3f} %",
             f"{found['image_auroc']:.4f}",
-            f"{found['pixel_auroc']:.4f}",
+            f"{found['pixel_auroc']:.4f}" if "pixel_auroc" in found else "",
         ]
         cells += [f"{found['bytes'] / 2**20:.1f} MiB" if found["bytes"] else "", milliseconds, f"{behind:.2f}"]
         lines.append([task["way"], *cells])

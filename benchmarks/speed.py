@@ -190,17 +190,33 @@ def fit(task: Task) -> Result:
 
 
 def _start_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:
+    from anomalib_cfa.processes import ALONE  # noqa: PLC0415 - not in the processes of anomalib's
+    from anomalib_cfa.training.out_of_bag import OutOfBagScores  # noqa: PLC0415
+
     network, learn = model.model, _learner(model)
+    names = [str(place) for place in range(sum(map(len, batches)))]
+    images = [names[place : place + _BATCH] for place in range(0, len(names), _BATCH)]
+    kept = [network.pyramid(batch) for batch in batches]
+    network.build(kept)
+    out_of_bag = OutOfBagScores(network, names, names)
+    size = batches[0].shape[-2:]
 
     def losses_of(pyramid: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for block in network.blocks(pyramid):
-            yield sum(model.loss(network.targets(block)[0], network.radius))
+            squared, indices, descriptors = network.targets(block)
+            network.calibrate(squared.detach(), indices)
+            out_of_bag.update(squared.detach(), indices, descriptors.detach())
+            yield sum(model.loss(squared, network.radius))
 
-    kept = [network.pyramid(batch) for batch in batches]
-    network.build(kept)
-    for pyramid in kept:
+    def train_step(pyramid: Sequence[torch.Tensor], paths: Sequence[str]) -> None:
+        out_of_bag.start_batch(paths, size)
         learn(losses_of(pyramid))
-    return lambda batch: learn(losses_of(network.pyramid(batch)))
+
+    for pyramid, paths in zip(kept, images, strict=True):
+        train_step(pyramid, paths)
+    network.finish_calibration(ALONE)
+    out_of_bag.worst(ALONE)
+    return lambda batch: train_step(network.pyramid(batch), images[0])
 
 
 def _start_anomalib_cfa(model: Any, batches: Sequence[torch.Tensor]) -> TrainStep:

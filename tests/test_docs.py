@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
 from anomalib.cli import AnomalibCLI
 
 import anomalib_cfa
@@ -66,10 +67,11 @@ def test_a_command_of_anomalib_is_understood(command, production_line, monkeypat
     words = shlex.split(command)[1:]
     monkeypatch.setattr(Path, "is_file", Path.exists)
     if words[0] == "benchmark":
-        assert Path(words[words.index("--config") + 1]).exists()
+        config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
+        assert config["accelerator"] == "cpu"  # which whoever reads it has
         return
     cli = AnomalibCLI(args=words, run=False)
-    assert cli.config[words[0]] is not None if words[0] in cli.config else True
+    assert cli.config.subcommand == words[0]
 
 
 def test_files_that_commands_name_are_there():

@@ -10,12 +10,14 @@ from anomalib_cfa.loss import CfaLoss
 @given(
     k=st.integers(1, 4),
     j=st.integers(1, 4),
+    extra=st.integers(0, 3),
     radius=st.floats(0, 2),
     alpha=st.floats(0, 0.5),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_formula(k, j, radius, alpha, seed):
-    squared = torch.rand(7, k + j, generator=torch.Generator().manual_seed(seed)).sort(dim=-1).values
+def test_equals_the_formula(k, j, extra, radius, alpha, seed):
+    found = k + j + extra  # the search may find more than there are targets
+    squared = torch.rand(7, found, generator=torch.Generator().manual_seed(seed)).sort(dim=-1).values
     r = torch.tensor(radius, requires_grad=True)
     attraction, repulsion = CfaLoss(k, j, alpha)(squared, r)
     expected = plain.loss(squared.double(), torch.tensor(radius).double(), k, j, alpha, 1e-3)

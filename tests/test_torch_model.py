@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from anomalib_cfa.anomaly_map import average_views, central_view
 from anomalib_cfa.features import PatchFeatures
 from anomalib_cfa.loss import NU, CfaLoss
+from anomalib_cfa.processes import ALONE
 from anomalib_cfa.torch_model import CfaModel
 from anomalib_cfa.training.gradient_blocks import sum_over_blocks
 
@@ -144,6 +145,26 @@ def test_the_score_is_calibrated_by_the_nearest_centre_from_another_place():
     assert distances.tolist() == [4, 3 + 7, 1, 2 + 12]  # of (1, 1) no centre is from elsewhere: the last counts
 
 
+@pytest.mark.parametrize(("score", "counted"), [("local", 8), ("calibrated", 1)])
+def test_what_is_usual_at_a_centre_is_that_of_its_neighbours(score, counted):
+    """The patches of the eight centres nearest to a centre, itself among them, count alike for it."""
+    model = built("test_resnet", (64, 96), score=score, search="exact", images=4)
+    centers, count = model.memory_bank.centers.double(), len(model.memory_bank.centers)
+    generator = torch.Generator().manual_seed(0)
+    distances, nearest = torch.rand(500, generator=generator), torch.randint(count, (500,), generator=generator)
+    model.calibration.reset(count)
+    model.calibration.update(distances, nearest)
+    model.finish_calibration(ALONE)
+    nearby = torch.cdist(centers, centers).topk(counted, largest=False).indices
+    groups = [distances[(nearest[:, None] == around).any(dim=1)].double() for around in nearby]
+    expected = torch.stack([(group.sum() + 30 * distances.double().mean()) / (len(group) + 30) for group in groups])
+    torch.testing.assert_close(model.calibration.mean.double(), expected, rtol=1e-5, atol=0)
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups if len(group)) / sum(map(len, groups))
+    scatter = [((group - group.mean()) ** 2).sum() if len(group) else torch.zeros(()).double() for group in groups]
+    expected = torch.stack([(s + 30 * within) / (len(group) + 30) for s, group in zip(scatter, groups, strict=True)])
+    torch.testing.assert_close(model.calibration.deviation.double(), expected.sqrt(), rtol=1e-4, atol=0)
+
+
 def test_without_sources_the_nearest_centre_counts():
     model = built("test_resnet", (64, 64), bank="mean", gamma_c=1)
     squared, indices = torch.tensor([1.0, 4, 9]).expand(1, 2, 2, 3), torch.tensor([2, 0, 1]).expand(1, 2, 2, 3)
@@ -181,15 +202,22 @@ def test_no_image_is_refused():
         CfaModel(PatchFeatures("test_resnet", pre_trained=False)).fit([])
 
 
-def test_a_prediction_is_that_of_both_views():
-    single = built("test_resnet", (128, 128))
+@pytest.mark.parametrize("score", ["nearest", "local"])
+def test_a_prediction_is_that_of_both_views(score):
+    model = built("test_resnet", (128, 128), score=score)
     images = torch.rand(2, 3, 128, 128)
     with torch.inference_mode():
-        whole, central = single(images), single(central_view(images))
-        single.center_view = True
-        prediction = single(images)
-    expected = average_views(whole.anomaly_map, central.anomaly_map)
-    torch.testing.assert_close(prediction.anomaly_map, expected)
+        both = [model.smooth(model.patch_scores(model.pyramid(view)), view.shape[-2:]) for view in views_of(images)]
+        model.center_view = True
+        prediction = model(images)
+    shown, of_image = map(average_views, *both)
+    torch.testing.assert_close(prediction.anomaly_map, shown)
+    torch.testing.assert_close(prediction.pred_score, of_image.amax(dim=(1, 2)))
+    assert not torch.allclose(prediction.pred_score, both[0].of_image.amax(dim=(1, 2)), rtol=1e-3)
+
+
+def views_of(images):
+    return images, central_view(images)
 
 
 def test_images_whose_centre_is_too_small_are_refused():

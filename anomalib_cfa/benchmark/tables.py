@@ -112,7 +112,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         One row for each setting and category, and one for each setting's average over its categories: the number of
         ``seeds``, the mean of each column of :data:`MEASURED`, its sample standard deviation over seeds as
         ``<column> ±``, nan for one seed, and the published figures. The average is over the seeds that have every
-        category, or over the categories' means if no seed has.
+        category, or over the categories' means if no seed has, and ``seeds`` is 0; nan where a category has no figure.
     """
     parts = []
     for setting, jobs in table.groupby("setting", sort=True):
@@ -120,10 +120,10 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
         categories = jobs["category"].nunique()
         complete = jobs.groupby("seed").filter(lambda rows, wanted=categories: rows["category"].nunique() == wanted)
         if complete.empty:
-            per_seed = pd.DataFrame(by_category)[list(MEASURED)].mean().to_frame().T
+            per_seed = pd.DataFrame(by_category)[list(MEASURED)].mean(skipna=False).to_frame().T
         else:
-            per_seed = complete.groupby("seed")[list(MEASURED)].mean()
-        overall = _average(per_seed, AVERAGE)
+            per_seed = complete.groupby("seed")[list(MEASURED)].agg(lambda values: values.mean(skipna=False))
+        overall = _average(per_seed, AVERAGE) | {"seeds": complete["seed"].nunique()}
         for column in PUBLISHED:  # nan unless every category has a figure
             overall[column] = pd.Series([row[column] for row in by_category]).mean(skipna=False)
         part = pd.DataFrame([*by_category, overall])

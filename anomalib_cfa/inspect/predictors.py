@@ -128,8 +128,8 @@ def load_predictor(path: Path, device: str | None = None) -> Predictor:
     if path.suffix == ".ckpt":
         try:
             model = Cfa.load_from_checkpoint(path, map_location="cpu")
-        except (pickle.UnpicklingError, EOFError) as error:
-            msg = f"model must be a checkpoint, but {str(path)!r} is none, or is damaged"
+        except (pickle.UnpicklingError, EOFError, TypeError) as error:  # the last: arguments of another model
+            msg = f"model must be a checkpoint of this Cfa, but {str(path)!r} is none, or is damaged"
             raise ValueError(msg) from error
         return ModelPredictor(model, device, path)
     if path.suffix in {".xml", ".onnx"}:

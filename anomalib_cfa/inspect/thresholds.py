@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image", type=float, help="normalized score above which an image is called defective")
     parser.add_argument("--pixel", type=float, help="normalized score above which a pixel is called defective")
     options = parser.parse_args(arguments)
+    if options.image is None and options.pixel is None:
+        parser.error("--image or --pixel must be given")
     try:
         set_thresholds(options.checkpoint, options.image, options.pixel)
     except (ValueError, OSError, RuntimeError) as error:

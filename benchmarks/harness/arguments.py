@@ -1,8 +1,12 @@
 """The options that the benchmarks share."""
 
 import argparse
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from harness.store import Task
 
 
 def base_parser(description: str | None) -> argparse.ArgumentParser:
@@ -19,7 +23,7 @@ def base_parser(description: str | None) -> argparse.ArgumentParser:
 def parser_for_sets(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of a benchmark over sets of images."""
     parser = base_parser(description)
-    parser.add_argument("--data", type=folder_of_a_set, action="append", required=True, help="repeatable")
+    parser.add_argument("--data", type=folder_of_a_set, action=Sets, required=True, help="repeatable")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--test-step", type=int, default=1, help="test only every n-th image, for a quick look")
@@ -36,7 +40,7 @@ def parser_for_a_backbone(description: str | None) -> argparse.ArgumentParser:
 
 def folder_of_a_set(text: str) -> Path:
     """A set's folder."""
-    path = Path(text)
+    path = Path(text).resolve()
     for part in ("train/good", "test/good"):
         if not (path / part).is_dir():
             msg = f"must be a set in MVTec AD's layout, but {path} has no {part}"
@@ -53,6 +57,21 @@ def file(text: str) -> Path:
     return path
 
 
+def conditions(options: argparse.Namespace, task: Task) -> Task:
+    """What else tells a task from others: threads, device, and the content of the files of weights that it reads."""
+    given = vars(options)
+    files = [given.get("weights_path"), given.get("ckpt_path")]
+    if isinstance(of_backbones := given.get("backbone"), dict):
+        files.append(of_backbones.get(task.get("backbone")))
+    read = "-".join(_digest(path) for path in files if path is not None)
+    return {"threads": options.threads, "device": given.get("device", "cpu"), "read": read}
+
+
+@cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def places(options: argparse.Namespace) -> dict[str, Any]:
     """Where the files and folders of the options are. Results do not depend on that, so it is not part of a task."""
     given = vars(options)
@@ -66,6 +85,17 @@ def places(options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(files := given.get("backbone"), dict):
         found["files"] = {name: str(path.resolve()) for name, path in files.items()}
     return found
+
+
+class Sets(argparse.Action):
+    """A set's folder, repeatable: results are told apart by the folders' names."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:  # noqa: ARG002
+        """Take in one."""
+        found = getattr(namespace, self.dest) or []
+        if any(path.name == values.name for path in found):
+            parser.error(f"--data must be folders of different names, but two are called {values.name!r}")
+        setattr(namespace, self.dest, [*found, values])
 
 
 class Backbones(argparse.Action):

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.arguments import places
+from harness.arguments import conditions, places
 from harness.store import Result, Store, Task
 
 _PROCESS = Path(__file__).with_name("process.py")
@@ -47,15 +47,15 @@ def carry_out(
         question: The benchmark's file, without ``.py``; its function ``measure`` measures a task. Results are kept in
             ``QUESTION.jsonl`` in the output folder.
         tasks: All tasks. ``task["label"]`` is what the progress shows; where ``task["side"]`` is ``"anomalib"``, the
-            ``Cfa`` of the process is anomalib's own. Threads, device and the :func:`~harness.arguments.places` of the
-            options join them for the measurement, but do not tell one task from another.
+            ``Cfa`` of the process is anomalib's own. The :func:`~harness.arguments.conditions` become part of them. The
+            :func:`~harness.arguments.places` join them for the measurement, but do not tell one from another.
         options: Those of :func:`~harness.arguments.base_parser`, among others.
 
     Returns:
         The finished tasks and their results, and whether these are all.
     """
-    tasks, store = list(tasks), Store(options.output / f"{question}.jsonl")
-    known = {"threads": options.threads, "device": getattr(options, "device", "cpu"), **places(options)}
+    tasks = [{**conditions(options, task), **task} for task in tasks]
+    store, known = Store(options.output / f"{question}.jsonl"), places(options)
     began, minutes = time.monotonic(), options.minutes
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

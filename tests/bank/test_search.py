@@ -77,6 +77,15 @@ def test_any_shape_gives_k_different_centers_and_their_distances(shape, centers,
 
 
 @pytest.mark.parametrize("kind", SEARCH_KINDS)
+def test_far_from_the_origin_the_same_centers_are_found(centers, kind):
+    queries, far = image(8, 8, centers.shape[1], seed=1), 2.0**12
+    _, expected = CenterIndex(centers, kind)(queries, k=3)
+    moved = (centers + far).sub(far)  # what is left of their digits
+    _, found = CenterIndex(moved + far, kind)(queries + far, k=3)
+    assert (found == expected).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", SEARCH_KINDS)
 def test_blocks_of_any_size_give_the_same(centers, kind, monkeypatch):
     queries = torch.cat([image(8, 12, 96, seed) for seed in range(3)])
     whole = CenterIndex(centers, kind)(queries, 3)

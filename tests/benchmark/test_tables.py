@@ -27,6 +27,17 @@ def test_the_average_leaves_out_seeds_that_lack_a_category():
     assert average["seeds"] == 1
 
 
+def test_an_average_that_lacks_a_figure_or_a_whole_seed_says_so():
+    results = [result_of(spec_of("screw"), 0.8), result_of(spec_of("tile"), 1.0)]
+    del results[0].metrics["pixel_AUPRO"]
+    average = summarize(tabulate(results)).set_index("category").loc[AVERAGE]
+    assert average["image AUROC"] == pytest.approx(90)
+    assert math.isnan(average["AUPRO"])
+    apart = [result_of(spec_of("screw", 0), 0.8), result_of(spec_of("tile", 1), 1.0)]
+    average = summarize(tabulate(apart)).set_index("category").loc[AVERAGE]
+    assert (average["image AUROC"], average["seeds"]) == (pytest.approx(90), 0)
+
+
 def test_settings_are_told_apart_by_what_differs():
     specs = [spec_of(), spec_of(seed=1), spec_of("tile"), spec_of(center_crop_size=224), spec_of(gamma_d=2)]
     specs += [spec_of(data="anomalib_cfa.data.RotatedMVTecAD"), spec_of(weights_path="/some/where/file.pth")]

@@ -1,5 +1,9 @@
 import csv
+import importlib
 import json
+import re
+import shutil
+from pathlib import Path
 
 import accuracy
 import choices
@@ -13,11 +17,22 @@ import torch
 from harness import answer
 from harness.models import CFA, PADIM, PATCHCORE_1
 from safetensors.torch import save_file
+from soak import SOAK
+from tiny import engine, mvtec, tiny_cfa
 
 from anomalib_cfa.training.out_of_bag import OutOfBagScores
 
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(
+    {
+        command.strip()
+        for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+        for command in re.findall(r"^python benchmarks/[^#\n]+", page.read_text(), re.MULTILINE)
+    }
+)
 ENVIRONMENT = {"environment": {"machine": {"processor": "a CPU"}, "versions": {"torch": "2.14"}}}
 TINY = "test_resnet.r160_in1k"
+IN_SOAK = pytest.mark.skipif(not SOAK, reason="two exports: make soak")
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +274,65 @@ def test_patchcore_is_compared_on_small_sets_only(rendered_mvtec, weights, tmp_p
         tasks = list(dirty.plan(dirty.parser().parse_args(line)))
         assert {task["model"] for task in tasks} == models
         assert len({str(task) for task in tasks}) == len(tasks)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_docs_is_understood(command, rendered_mvtec, weights):
+    _, script, *words = command.translate(str.maketrans("", "", "[]")).split()
+    sets = iter(("tile", "metal_nut"))
+    given = [
+        str(rendered_mvtec / next(sets)) if word == "SET" else re.sub(r"\b(FILE|MODEL\.ckpt)$", str(weights), word)
+        for word in words
+    ]
+    importlib.import_module(Path(script).stem).parser().parse_args(given)
+
+
+def test_the_docs_have_a_command_for_every_question():
+    named = {re.search(r"benchmarks/\w+\.py", command)[0] for command in COMMANDS}
+    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+def test_sets_of_one_name_are_refused(rendered_mvtec, weights, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(rendered_mvtec / "tile", tmp_path / "tile")
+    line = ["--weights-path", str(weights), "--data", str(rendered_mvtec / "tile")]
+    with pytest.raises(SystemExit):
+        accuracy.parser().parse_args([*line, "--data", str(copy)])
+    assert "--data must be folders of different names, but two are called 'tile'" in capsys.readouterr().err
+    monkeypatch.chdir(copy)
+    assert accuracy.parser().parse_args([*line[:2], "--data", "."]).data == [copy]
+
+
+@pytest.mark.parametrize("change", ["other weights", "--threads 2"])
+def test_what_was_measured_under_other_conditions_is_measured_anew(
+    rendered_mvtec, weights, tmp_path, monkeypatch, change
+):
+    tried = []
+    monkeypatch.setattr("harness.runner._in_process", lambda _, task: tried.append(task) or {"x": 1} | ENVIRONMENT)
+    monkeypatch.setattr(choices, "report", lambda *_: None)
+    line = arguments(rendered_mvtec, weights, tmp_path, "--group", "views")
+    other = tmp_path / "other" / weights.name
+    other.parent.mkdir()
+    other.write_bytes(weights.read_bytes() + b" ")
+    for file, threads in (
+        (weights, "1"),
+        (weights, "1"),
+        (other, "1") if change == "other weights" else (weights, "2"),
+    ):
+        assert answer("choices", [*line, "--backbone", f"{TINY}={file}", "--threads", threads]) == 0
+    assert len(tried) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("way", ["PyTorch", pytest.param("OpenVINO, float32", marks=IN_SOAK)])
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_a_way_to_deploy_is_measured(rendered_mvtec, tmp_path, way, has_masks):
+    root = shutil.copytree(rendered_mvtec / "tile", tmp_path / "tile")
+    if not has_masks:
+        shutil.rmtree(root / "ground_truth")
+    model, run = tiny_cfa(), engine(tmp_path)
+    run.fit(model, datamodule=mvtec(rendered_mvtec))
+    task = {"way": way, "root": str(root), "test_step": 1, "threads": 1, "work": str(tmp_path)}
+    found = deployment.measure({**task, "ckpt_path": run.best_model_path})
+    assert (found["flipped"], found["images"]) == (0, 8)
+    assert found["score_difference"] < 1e-4
+    assert ("pixel_auroc" in found) == has_masks
+    assert found["whole_s"] > found["backbone_s"] > 0

@@ -132,6 +132,22 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: pytest
         assert "thresholds: checkpoint must be one of anomalib" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_model_is_said_to_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "padim.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"n_features": 100}, "pytorch-lightning_version": "2.5"}, path)
+    with pytest.raises(ValueError, match="model must be a checkpoint of this Cfa") as raised:
+        load_predictor(path)
+    assert "Cfa has no argument 'n_features'" in str(raised.value.__cause__)
+
+
+def test_without_a_threshold_no_checkpoint_is_rewritten(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = trained.stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        set_main([str(trained)])
+    assert "--image or --pixel must be given" in capsys.readouterr().err
+    assert trained.stat().st_mtime_ns == before
+
+
 def test_true_masks_are_not_shown_where_a_pre_processor_moves_pixels(
     rendered_mvtec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
