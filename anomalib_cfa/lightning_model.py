@@ -151,7 +151,8 @@ class Cfa(CfaExport, CfaCheckpoints, AnomalibModule):  # type: ignore[misc]  # a
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(image_size, center_crop_size, backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.hparams.update({name: value for name, value in hyperparameters.items() if name in self.hparams})
+        self._constructed_with = {name: value for name, value in hyperparameters.items() if name in self.hparams}
+        self.hparams.update(self._constructed_with)
         pre_processing.make_exportable(self.pre_processor)
         components = {"pre_processor": given_pre_processor, "post_processor": post_processor}
         self._given = given_arguments({**self.hparams, **components}, Cfa)

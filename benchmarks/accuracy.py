@@ -132,9 +132,10 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
 
 
 def name_of(task: Task) -> str:
-    """A model with its options."""
-    options = task.get("options", {})
-    return ", ".join([task["model"], *(f"{name} {value}" for name, value in options.items())])
+    """A model with its options, and how long it was trained where it does not say so itself."""
+    options = [f"{name} {value}" for name, value in task.get("options", {}).items()]
+    epochs = [f"{task['epochs']} epochs"] if "epochs" in task else []
+    return ", ".join([task["model"], *options, *epochs])
 
 
 def _row(task: Task, result: Result) -> dict[str, object]:
@@ -182,7 +183,7 @@ def _cost_table(runs: Sequence[Run]) -> str:
         bank = f"{banks[0]} to {banks[-1]}" if len(banks) > 1 else str(banks[0] or "none")
         latency = f"{figure(1e3 * median(result['latency_s'] for result in results))} ms"
         lines.append([name, machine, fit, memory, latency, bank])
-    head = ["", "on", "fit, median over sets", "its peak memory, at most", "one image", "bank"]
+    head = ["", "on", "fit, median over runs", "its peak memory, at most", "one image", "bank"]
     return markdown_table(head, lines)
 
 

@@ -105,12 +105,48 @@ class CenterIndex(nn.Module):
         neighbors[place[place < count]] = found[place < count]
         return neighbors
 
+    @torch.no_grad()
+    def nearest_of_others(self, queries: Tensor, owners: Tensor, asking: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k centres nearest to each query that are not its owner's, ranked and measured as all others are.
+
+        Args:
+            queries: Patch descriptors of any images, of shape (Q, D).
+            owners: Each centre's owner, of shape (N,).
+            asking: The owner that asks, of each query, of shape (Q,).
+            k: How many.
+
+        Returns:
+            Squared distances and indices, nearest first, of shape (Q, k); infinite where there are no more centres.
+        """
+        queries = queries.float()
+        places = torch.arange(len(self.centers), device=owners.device)
+        if self.has_two_levels:
+            places = self.members.flatten()
+            places = places[places < len(self.centers)]
+        projected = self._project(queries)
+        table = self.table.reshape(-1, projected.shape[-1])
+        table, owned_by, found = table[table[:, -1] < _FAR], owners[places], []
+        rows = block_rows(queries, len(table))
+        for block, of_block in zip(projected.split(rows), asking.split(rows), strict=True):
+            ranks = (block @ table.T).masked_fill_(owned_by == of_block[:, None], torch.inf)
+            found.append(places[_smallest(ranks, min(k + _SPARE_CANDIDATES, len(table)))])
+        candidates = torch.cat(found)
+        squared = squared_distances(queries, self.centers, candidates)
+        squared, order = squared.masked_fill(owners[candidates] == asking[:, None], torch.inf).topk(k, largest=False)
+        return squared, candidates.gather(1, order)
+
+    def _project(self, queries: Tensor) -> Tensor:
+        """Queries in the bank's leading directions, negated, and 1: (-q, 1).
+
+        A product with the tables' rows, (c, |c|^2 / 2), ranks centres by |c|^2 / 2 - c.q. Differences are sums here and
+        below: see anomalib_cfa.export.openvino.
+        """
+        projected = (queries + self.minus_origin) @ self.minus_directions
+        return torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
+
     def _candidates(self, queries: Tensor, k: int) -> Tensor:
         """Centres that may be the nearest ones, of shape (B, h, w, candidates)."""
-        # Centres are ranked by |c|^2 / 2 - c.q, one product of the tables' rows with these: (-q, 1). Differences are
-        # sums here and below: see anomalib_cfa.export.openvino.
-        projected = (queries + self.minus_origin) @ self.minus_directions
-        projected = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
+        projected = self._project(queries)
         count = min(k + _SPARE_CANDIDATES, len(self.centers))
         if not self.has_two_levels:
             parts = _parts(projected.flatten(0, 2), len(self.centers))

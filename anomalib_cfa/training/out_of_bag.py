@@ -6,7 +6,6 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor
 
-from anomalib_cfa.bank.distances import block_rows
 from anomalib_cfa.processes import Processes
 from anomalib_cfa.torch_model import CfaModel, PatchScores
 from anomalib_cfa.training.worst_fitting import WorstFitting, stand_out
@@ -78,7 +77,8 @@ class OutOfBagScores:
         indices = indices.gather(-1, order)
         lacking = nearest[..., -1].isinf()
         if lacking.any():
-            nearest[lacking], indices[lacking] = self._search(descriptors[lacking].float(), image[lacking])
+            wanted = descriptors[lacking], self._owners, image[lacking], self._model.scored_neighbors
+            nearest[lacking], indices[lacking] = self._model.memory_bank.index.nearest_of_others(*wanted)
         self._found.append((places, nearest.cpu(), indices.int().cpu()))
 
     @torch.no_grad()
@@ -96,17 +96,6 @@ class OutOfBagScores:
         device = self._owners.device
         for places, squared, indices in self._found:
             yield places, *self._model.score_distances(squared.to(device), indices.to(device))
-
-    def _search(self, patches: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances and indices of the centres nearest to patches, of shape (P, D), but for the images' own."""
-        centers = self._model.memory_bank.centers.float()
-        found = []
-        rows = block_rows(patches, len(centers))
-        for block, image in zip(patches.split(rows), images.split(rows), strict=True):
-            distances = torch.cdist(block, centers).masked_fill_(self._owners == image[:, None], torch.inf)
-            found.append(distances.topk(self._model.scored_neighbors, largest=False))
-        distances, indices = (torch.cat(part) for part in zip(*found, strict=True))
-        return distances.square(), indices
 
     def worst(self, processes: Processes) -> WorstFitting:
         """The images that stand out from all that were taken in since the fit began, each by its last score."""

@@ -1,8 +1,7 @@
 """A checkpoint -> the model that was trained, whatever the new one was built with."""
 
 import logging
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,7 @@ class CfaCheckpoints(LightningModule):
 
     # Of anomalib's module and of this package's; not a kind of the former, since anomalib lists these as its models.
     _build: Callable[[], None]
+    _constructed_with: dict[str, Any]
     _given: dict[str, Any]
     clear_memory_bank: Callable[[], None]
     configure_post_processor: Callable[[], Any]
@@ -77,9 +77,8 @@ class CfaCheckpoints(LightningModule):
         _replace_state(checkpoint["state_dict"], {}, ("model.anomaly_map_generator.blur.",))
         trainer: Trainer | None = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        defaults = {name: parameter.default for name, parameter in signature(type(self)).parameters.items()}
-        arguments = {name: defaults[name] for name in self.hparams if name in RULES}  # not those of a checkpoint before
-        arguments |= merge(saved_arguments(checkpoint), self._given, fitting=fitting)
+        # Not on top of the present ones, which may be those of a checkpoint before.
+        arguments = {**self._constructed_with, **merge(saved_arguments(checkpoint), self._given, fitting=fitting)}
         check_hyperparameters(**arguments)
         check_pre_processing(checkpoint, self.pre_processor, self._given)
         self._restore_components(checkpoint, arguments, trainer)
@@ -132,11 +131,7 @@ class CfaCheckpoints(LightningModule):
             for component in (self.evaluator, self.visualizer):
                 # As callbacks they would take the state of the checkpoint's, which may have other metrics.
                 checkpoint.get("callbacks", {}).pop(getattr(component, "state_key", None), None)
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [each for each in callbacks if not any(each is component for component in before.values())]
-            components = [getattr(self, name) for name in COMPONENTS]
-            place = next((i for i, each in enumerate(callbacks) if isinstance(each, TeardownOnException)), 0)
-            callbacks[place:place] = [component for component in components if isinstance(component, Callback)]
+            _replace_callbacks(trainer, before.values(), [getattr(self, name) for name in COMPONENTS])
             # The data module resizes to the size of the model before the checkpoint was read.
             if isinstance(datamodule := getattr(trainer, "datamodule", None), AnomalibDataModule):
                 datamodule.setup(trainer.state.fn)
@@ -202,6 +197,15 @@ class CfaCheckpoints(LightningModule):
         self._given.update(given)
         # What else may change is read where it is needed; of these the parts have copies.
         self.loss.alpha, self.model.seed = arguments["alpha"], arguments["seed"]
+
+
+def _replace_callbacks(trainer: Trainer, old: Collection[Any], new: Sequence[Any]) -> None:
+    """Put components in the place of others, in their order: labels come before metrics of labels."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [each for each in callbacks if not any(each is component for component in old)]
+    # The model gives this callback after its components.
+    place = next((i for i, each in enumerate(callbacks) if isinstance(each, TeardownOnException)), 0)
+    callbacks[place:place] = [component for component in new if isinstance(component, Callback)]
 
 
 def _replace_state(state: dict[str, Any], own: Mapping[str, Any], prefixes: tuple[str, ...]) -> None:

@@ -114,6 +114,28 @@ def test_neighbors_are_the_centers_nearest_to_each(centers, count):
     assert (found[..., None] == expected[:, None]).any(dim=-1).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(("kind", "recall"), [("exact", 1.0), ("two_level", 0.9)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_nearest_of_others_are_nobody_elses(centers, kind, recall, k, monkeypatch):
+    monkeypatch.setattr("anomalib_cfa.bank.distances._BLOCK_BYTES", 2**18)  # some queries at a time
+    queries = image(8, 8, centers.shape[1], seed=1).flatten(0, 2)
+    owners = torch.arange(len(centers)) % 5
+    asking = torch.arange(len(queries)) % 6  # the last owns none
+    squared, found = CenterIndex(centers, kind).nearest_of_others(queries, owners, asking, k)
+    exact = torch.cdist(queries.double(), centers.double()).square()
+    expected = exact.masked_fill(owners == asking[:, None], torch.inf).topk(k, largest=False).indices
+    assert not (owners[found] == asking[:, None]).any()
+    torch.testing.assert_close(squared.double(), exact.gather(1, found), rtol=1e-4, atol=1e-5)
+    assert (found == expected).float().mean() >= recall
+
+
+@pytest.mark.parametrize("kind", SEARCH_KINDS)
+def test_whoever_owns_all_centers_finds_none(centers, kind):
+    everything = torch.zeros(len(centers), dtype=torch.long)
+    squared, _ = CenterIndex(centers, kind).nearest_of_others(centers[:5], everything, everything[:5], 2)
+    assert squared.isinf().all()
+
+
 def test_gradients_are_those_of_the_found_distances(centers):
     queries = image(8, 8, 96, seed=3).requires_grad_()
     squared, found = CenterIndex(centers)(queries, 4)
