@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_cfa.bank.distances import block_rows
 
@@ -54,8 +55,9 @@ def _lloyd(points: Tensor, clusters: int, seed: int, iterations: int) -> tuple[T
     for _ in range(iterations):
         cluster = _nearest(points, centers)
         counts = cluster.bincount(minlength=clusters)
-        means = torch.segment_reduce(points[cluster.argsort(stable=True)], "mean", lengths=counts)
-        centers = means.where(counts[:, None] > 0, centers)  # of two equal centres, one has no nearest points
+        # A sum of rows by their index: reducing segments of sorted copies takes seven times as long.
+        sums = F.embedding_bag(cluster.argsort(stable=True), points, counts.cumsum(dim=0) - counts, mode="sum")
+        centers = (sums / counts[:, None]).where(counts[:, None] > 0, centers)  # of two equal centres, one has none
     # Cluster by cluster, and in each the nearest point first: another product would cost as much as an iteration.
     order = (points - centers[cluster]).square().sum(dim=1).argsort(stable=True)
     order = order[cluster[order].argsort(stable=True)]
