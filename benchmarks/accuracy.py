@@ -134,8 +134,9 @@ def report(runs: Sequence[Run], options: argparse.Namespace) -> None:
 def name_of(task: Task) -> str:
     """A model with its options, and how long it was trained where it does not say so itself."""
     options = [f"{name} {value}" for name, value in task.get("options", {}).items()]
-    epochs = [f"{task['epochs']} epochs"] if "epochs" in task else []
-    return ", ".join([task["model"], *options, *epochs])
+    if epochs := task.get("epochs"):
+        options.append(f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs")
+    return ", ".join([task["model"], *options])
 
 
 def _row(task: Task, result: Result) -> dict[str, object]:
