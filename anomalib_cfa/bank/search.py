@@ -118,18 +118,18 @@ class CenterIndex(nn.Module):
         Returns:
             Squared distances and indices, nearest first, of shape (Q, k); infinite where there are no more centres.
         """
-        queries = queries.float()
         places = torch.arange(len(self.centers), device=owners.device)
         if self.has_two_levels:
             places = self.members.flatten()
             places = places[places < len(self.centers)]
-        projected = self._project(queries)
-        table = self.table.reshape(-1, projected.shape[-1])
-        table, owned_by, found = table[table[:, -1] < _FAR], owners[places], []
-        rows = block_rows(queries, len(table))
-        for block, of_block in zip(projected.split(rows), asking.split(rows), strict=True):
-            ranks = (block @ table.T).masked_fill_(owned_by == of_block[:, None], torch.inf)
-            found.append(places[_smallest(ranks, min(k + _SPARE_CANDIDATES, len(table)))])
+        with torch.autocast(queries.device.type, enabled=False):
+            projected = self._project(queries.float())
+            table = self.table.reshape(-1, projected.shape[-1])
+            table, owned_by, found = table[table[:, -1] < _FAR], owners[places], []
+            rows = block_rows(queries, len(table))
+            for block, of_block in zip(projected.split(rows), asking.split(rows), strict=True):
+                ranks = (block @ table.T).masked_fill_(owned_by == of_block[:, None], torch.inf)
+                found.append(places[_smallest(ranks, min(k + _SPARE_CANDIDATES, len(table)))])
         candidates = torch.cat(found)
         squared = squared_distances(queries, self.centers, candidates)
         squared, order = squared.masked_fill(owners[candidates] == asking[:, None], torch.inf).topk(k, largest=False)

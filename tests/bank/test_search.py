@@ -148,11 +148,13 @@ def test_gradients_are_those_of_the_found_distances(centers):
 
 def test_autocast_changes_nothing(centers):
     queries, index = image(8, 8, 96, seed=4), CenterIndex(centers)
-    expected = index(queries, 2)
+    patches, nobody = queries.flatten(0, 2), torch.full((len(centers),), -1)
+    expected = index(queries, 2), index.nearest_of_others(patches, nobody, nobody[: len(patches)] + 1, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = index(queries, 2)
-    assert found[0].dtype == torch.float32
-    assert torch.equal(found[0], expected[0])
+        found = index(queries, 2), index.nearest_of_others(patches, nobody, nobody[: len(patches)] + 1, 2)
+    for (ours, _), (theirs, _) in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", SEARCH_KINDS)
